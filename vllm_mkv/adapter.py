@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter: the one contract between preparing a model and serving it.
+
+A folder with `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md`. Tensors, all float32 but the
+path, with G latent groups of n = group_heads * head_size coordinates:
+
+    layers.{i}.key.A, layers.{i}.key.B       [G, n, n], A B^T = I: the cache holds the first columns of (k - mean) A
+    layers.{i}.value.C, layers.{i}.value.D   [G, n, n], C D = I:   the cache holds the first columns of (v - mean) C
+    layers.{i}.key.mean, layers.{i}.value.mean  [G, n]
+    allocation.path                          int32 [steps, 5]: layer, latent group, side, block, new width
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mkv_kernels.layout import BLOCK
+from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget
+from vllm_mkv.fingerprint import ModelFingerprint
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+MATRICES = (("key", "A"), ("key", "B"), ("value", "C"), ("value", "D"))
+INVERSE_TOLERANCE = 1e-3
+"""Largest entry of `A B^T - I` and `C D - I` that float32 rounding of a well-conditioned pair explains."""
+
+
+class AdapterConfig(BaseModel):
+    """`adapter_config.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    peft_type: Literal["MATRYOSHKA_KV"] = "MATRYOSHKA_KV"
+    format_version: int = FORMAT_VERSION
+    base_model_name_or_path: str
+    revision: str | None = None
+    model: ModelFingerprint
+    basis: str
+    group_heads: int = Field(ge=1)
+    rank_step: Literal[16] = BLOCK  # type: ignore[assignment]
+    layers: list[int]
+    default_budget: float = Field(gt=0, le=1)
+    made: dict[str, Any] = {}
+    quality: list[dict[str, Any]] = []
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """Bases of one layer, float32; see the module's docstring for shapes and conventions."""
+
+    A: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+    key_mean: np.ndarray
+    value_mean: np.ndarray
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A validated adapter. `bases[i]` belongs to the model's layer `config.layers[i]`."""
+
+    config: AdapterConfig
+    bases: tuple[LayerBases, ...]
+    path: AllocationPath
+
+    @property
+    def shape(self) -> CacheShape:
+        return self.path.shape
+
+    @cached_property
+    def uniform_path(self) -> AllocationPath:
+        """All latent groups alike, down the same widths as the adapter's own path."""
+        return AllocationPath.uniform(self.shape, self.path.widths if len(self.path.steps) else (16, 0))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Reads and validates an adapter.
+
+        Raises:
+            ValueError: names the file, the key and the mend.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        return cls(config, *_read_tensors(folder / WEIGHTS_FILE, config))
+
+    def check_model(self, fingerprint: ModelFingerprint) -> None:
+        """Raises ValueError unless the adapter was made for a model of this fingerprint."""
+        differences = self.config.model.differences(fingerprint)
+        if differences:
+            raise ValueError(
+                f"the adapter was made for {self.config.base_model_name_or_path}, and this model differs: "
+                f"{'; '.join(differences)}. Make an adapter for it: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+            )
+
+    def save(self, folder: str | Path, card: str) -> None:
+        """Writes the whole folder at once: it is complete or absent, never half written."""
+        folder = check_output(folder)
+        tensors = {"allocation.path": np.ascontiguousarray(self.path.steps, dtype=np.int32)}
+        for layer, bases in zip(self.config.layers, self.bases, strict=True):
+            for side, name in MATRICES:
+                tensors[f"layers.{layer}.{side}.{name}"] = np.ascontiguousarray(getattr(bases, name), np.float32)
+            tensors[f"layers.{layer}.key.mean"] = np.ascontiguousarray(bases.key_mean, np.float32)
+            tensors[f"layers.{layer}.value.mean"] = np.ascontiguousarray(bases.value_mean, np.float32)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "np"})
+            config = self.config.model_copy(update={"weights_sha256": _sha256(staging / WEIGHTS_FILE)})
+            (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
+            (staging / CARD_FILE).write_text(card, "utf-8")
+            staging.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(folder: str | Path) -> Path:
+    """The folder to write an adapter to. Raises ValueError where it is a file or holds something else."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder that is new, empty, or an adapter")
+    if folder.exists() and not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files; name a folder that is new, empty, or an adapter")
+    return folder
+
+
+def digest(folder: str | Path) -> str:
+    """Hexadecimal digest of what an adapter computes: its configuration, which holds its tensors' checksum."""
+    return _sha256(Path(folder) / CONFIG_FILE)[:16]
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Reads `adapter_config.json`. Raises ValueError naming file, key and mend."""
+    file = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if not file.exists():
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; {HOW_TO_MAKE_ONE}")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); copy or make the adapter again") from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "MATRYOSHKA_KV":
+        found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f'{file}: peft_type is {found!r}, not "MATRYOSHKA_KV", so it is no adapter of vllm-mkv')
+    version = raw.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format_version is {version!r} and this vllm-mkv reads versions up to {FORMAT_VERSION}; "
+            "upgrade vllm-mkv (`pip install -U vllm-mkv`)"
+        )
+    try:
+        return AdapterConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file}: key {key}: {first['msg']}; make the adapter again with vllm-mkv") from error
+
+
+HOW_TO_MAKE_ONE = "make one with: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+
+
+def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, ...], AllocationPath]:
+    again = "copy or make the adapter again"
+    try:
+        tensors = load_file(file)
+        checksum = _sha256(file)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); {again}") from error
+    if config.weights_sha256 and checksum != config.weights_sha256:
+        raise ValueError(f"{file} is not the file that {CONFIG_FILE} was written with (weights_sha256); {again}")
+    model = config.model
+    if model.num_key_value_heads % config.group_heads:
+        raise ValueError(
+            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} does not divide the model's "
+            f"{model.num_key_value_heads} KV heads; {again}"
+        )
+    width = config.group_heads * model.head_size
+    if width % BLOCK:
+        raise ValueError(
+            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} and head_size {model.head_size} give "
+            f"latent groups of {width} coordinates, no multiple of {BLOCK}; {again}"
+        )
+    groups = model.num_key_value_heads // config.group_heads
+
+    def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in tensors:
+            raise ValueError(f"{file}: tensor {name} is missing; {again}")
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != np.float32:
+            raise ValueError(
+                f"{file}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}; {again}"
+            )
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{file}: tensor {name} is not finite; {again}")
+        return tensor
+
+    bases = []
+    for layer in config.layers:
+        A, B, C, D = (get(f"layers.{layer}.{side}.{name}", (groups, width, width)) for side, name in MATRICES)
+        means = [get(f"layers.{layer}.{side}.mean", (groups, width)) for side in ("key", "value")]
+        for label, product in (("key.A and key.B", A @ B.swapaxes(-1, -2)), ("value.C and value.D", C @ D)):
+            residual = float(np.abs(product - np.eye(width, dtype=np.float32)).max())
+            if not residual <= INVERSE_TOLERANCE:
+                raise ValueError(
+                    f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {again}"
+                )
+        bases.append(LayerBases(A, B, C, D, *means))
+    if "allocation.path" not in tensors:
+        raise ValueError(f"{file}: tensor allocation.path is missing; {again}")
+    path = AllocationPath(CacheShape(len(config.layers), groups, width), tensors["allocation.path"])
+    try:
+        path.validate()
+    except ValueError as error:
+        raise ValueError(f"{file}: tensor allocation.path: {error}; {again}") from error
+    return tuple(bases), path
+
+
+def locate(adapter: str | None, model: str | None, revision: str | None = None, model_revision: str | None = None) -> Path:
+    """The local folder of an adapter.
+
+    Args:
+        adapter: a folder or a Hub repository; None for the folder `mkv` of the model.
+        model: a folder or a Hub repository, looked into where `adapter` is None.
+        revision, model_revision: of the Hub repositories.
+
+    Raises:
+        ValueError: nothing there; names the command that makes an adapter.
+    """
+    if adapter is not None:
+        if not isinstance(adapter, str) or not adapter:
+            raise ValueError(f"adapter is {adapter!r}; give a folder or a Hub repository")
+        if Path(adapter).exists() or adapter.startswith((".", "/", "~")):
+            folder = Path(adapter).expanduser()
+            if not folder.exists():
+                raise ValueError(f"there is no adapter at {folder}; {HOW_TO_MAKE_ONE}")
+            return folder
+        return _download(adapter, revision, "")
+    if model and Path(model).is_dir():
+        folder = Path(model) / "mkv"
+    elif model:
+        folder = _download(model, model_revision, "mkv")
+    else:
+        folder = Path("mkv")
+    if not folder.is_dir():
+        raise ValueError(
+            f"no adapter was named and {model} has no folder mkv; make one with: vllm-mkv calibrate {model} "
+            "--text FILE --output ADAPTER, and name it: --additional-config '{\"mkv\": {\"adapter\": \"ADAPTER\"}}'"
+        )
+    return folder
+
+
+def _download(repository: str, revision: str | None, subfolder: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [prefix + name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / subfolder
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no folder {repository}, and the Hub gave no adapter of that name ({reason}); {HOW_TO_MAKE_ONE}"
+        ) from error
+
+
+def choose_budget(budget: object, config: AdapterConfig) -> float:
+    """The budget to serve at: the one asked for, or the adapter's default."""
+    if budget is None:
+        return config.default_budget
+    check_budget(budget)
+    return float(budget)  # type: ignore[arg-type]
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer's work in a step: project and store, then attend. No arithmetic of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from mkv_kernels.attend import attend
+from mkv_kernels.pages import RunPages, view_pages
+from mkv_kernels.store import project_and_store
+
+if TYPE_CHECKING:
+    from mkv_kernels.bases import LayerBases
+    from vllm_mkv.serving.metadata import MKVMetadata
+
+
+class MKVAttentionImpl(AttentionImpl):
+    """`MKVModelLoader` sets `bases` once the weights are there."""
+
+    bases: LayerBases | None = None
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **other: Any,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "a soft-cap of attention scores": logits_soft_cap,
+            "attention sinks": sinks,
+            "a KV cache shared between layers": kv_sharing_target_layer_name,
+            f"attention of type {attn_type}": attn_type if attn_type != AttentionType.DECODER else None,
+            **other,
+        }
+        for feature, value in refused.items():
+            if value is not None and value is not False and value != 0:
+                raise NotImplementedError(f"{feature} is not supported with MKV; serve this model with another backend")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._pages: tuple[RunPages, ...] = ()
+        self._pages_of: torch.Tensor | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: MKVMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes:
+        query, output: [num_tokens, num_heads, head_size]
+        key, value:    [num_tokens, num_kv_heads, head_size]
+        kv_cache:      [num_blocks, 1, block_size, bytes_per_token / itemsize]
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantisation is not supported with MKV")
+        if attn_metadata is None:  # profiling: vLLM has allocated no cache yet
+            return output.fill_(0)
+        assert self.bases is not None, "the adapter was not loaded into this layer"
+        if self._pages_of is not kv_cache:
+            self._pages, self._pages_of = view_pages(kv_cache, self.bases.layout), kv_cache
+        num_tokens = attn_metadata.num_actual_tokens
+        projected = project_and_store(
+            query[:num_tokens],
+            key[:num_tokens],
+            value[:num_tokens],
+            self._pages,
+            self.bases,
+            attn_metadata.slots,
+            attn_metadata.tokens,
+        )
+        attend(projected, self._pages, self.bases, attn_metadata.buckets, self.scale, output[:num_tokens])
+        return output

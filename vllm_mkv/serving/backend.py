@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend that `--attention-backend mkv` names: what it supports, and which classes do the work."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend
+
+from vllm_mkv.serving.attention import MKVAttentionImpl
+from vllm_mkv.serving.metadata import MKVMetadataBuilder
+
+
+class MKVAttentionBackend(AttentionBackend):
+    """Causal decoder attention over a projected KV cache.
+
+    Cache: `[num_blocks, 1, block_size, bytes_per_token / itemsize]`; `mkv_kernels.layout` says what lies where in a page.
+    """
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float32", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "MKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[MKVAttentionImpl]:
+        return MKVAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MKVMetadataBuilder]:
+        return MKVMetadataBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % 16 == 0
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

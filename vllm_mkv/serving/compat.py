@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private or temporary piece of vLLM that the plugin leans on, each with the condition for its removal.
+
+Imports of vLLM are inside functions: this module is imported in every vLLM process, whether MKV is used or not.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+NAME = "MKV"
+BACKEND = "vllm_mkv.serving.backend.MKVAttentionBackend"
+
+
+def vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def check_vllm_version() -> None:
+    """Raises NotImplementedError where vLLM is of a version that was not tested."""
+    version = vllm_version()
+    if not version.startswith(tuple(f"{supported}." for supported in SUPPORTED_VLLM)):
+        raise NotImplementedError(
+            f"vLLM {version} is not supported by this vllm-mkv; install vLLM {' or '.join(SUPPORTED_VLLM)}, "
+            "or a vllm-mkv made for it"
+        )
+
+
+def register_backend() -> None:
+    """Adds the enum member that `--attention-backend mkv` names, and the check of the configuration behind it.
+
+    Private: AttentionBackendEnum.register, called with its log line held back (a stock start logs nothing of the plugin).
+    Removable when vLLM's enum takes members from entry points.
+    """
+    from vllm.v1.attention.backends import registry
+
+    members = registry.AttentionBackendEnum.__members__
+    if NAME not in members:
+        level = registry.logger.level
+        registry.logger.setLevel(logging.WARNING)
+        try:
+            registry.register_backend(NAME, BACKEND)
+        finally:
+            registry.logger.setLevel(level)
+        # Pickled by name, a member that is made at run time is unknown to a process that has not loaded its plugins yet.
+        # Removable when vLLM's processes load plugins before they unpickle their configuration.
+        registry.AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (restore_member, ())
+    _check_engine_configs()
+
+
+def restore_member() -> Any:
+    """The enum member, in a process that unpickles a configuration that names it. MKV is wanted here: activate it."""
+    register_backend()
+    activate()
+    return mkv_member()
+
+
+def mkv_member() -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[NAME]
+
+
+def uses_mkv(vllm_config: VllmConfig) -> bool:
+    """Whether any layer of the model may be given the MKV backend."""
+    attention = vllm_config.attention_config
+    return mkv_member() in (attention.backend, *attention.backend_per_kind.values())
+
+
+def _check_engine_configs() -> None:
+    """Lets `configure` see every engine configuration as soon as it is made, in the user's own process.
+
+    Private: wraps EngineArgs.create_engine_config. Removable when attention backends get a hook that sees the configuration
+    before the engine starts.
+    """
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    # Only a process that makes engine configurations has the module; none is loaded here for its own sake.
+    if arg_utils is None or not hasattr(arg_utils, "EngineArgs"):
+        return
+    original = arg_utils.EngineArgs.create_engine_config
+    if hasattr(original, "mkv_original"):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = original(self, *args, **kwargs)
+        if uses_mkv(vllm_config):
+            from vllm_mkv.serving.configure import configure
+
+            try:
+                configure(vllm_config)
+            except (ValueError, NotImplementedError) as error:
+                print_without_traceback(error)
+                raise
+            activate()
+        return vllm_config
+
+    create_engine_config.mkv_original = original  # type: ignore[attr-defined]
+    arg_utils.EngineArgs.create_engine_config = create_engine_config
+
+
+def print_without_traceback(error: Exception) -> None:
+    """If this very error ends the process, the user sees its message alone: it names the cause and the mend."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], raised: BaseException, traceback: Any) -> None:
+        chain: BaseException | None = raised
+        while chain is not None:
+            if chain is error:
+                print(f"vllm-mkv: error: {error}", file=sys.stderr)
+                return
+            chain = chain.__cause__ or chain.__context__
+        previous(kind, raised, traceback)
+
+    sys.excepthook = hook
+
+
+def activate() -> None:
+    """Prepares this process for running MKV. Called only where the backend has been chosen; idempotent."""
+    _honour_backend_on_cpu()
+    _load_adapters_after_weights()
+
+
+def _honour_backend_on_cpu() -> None:
+    """Private: wraps CpuPlatform.get_attn_backend_cls, which ignores the chosen backend. Removable when it does not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.get_attn_backend_cls
+    if hasattr(original, "mkv_original"):
+        return
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not mkv_member():
+            return original(selected_backend, attn_selector_config, num_heads)
+        from vllm_mkv.serving.backend import MKVAttentionBackend
+
+        reasons = MKVAttentionBackend.validate_configuration(
+            **attn_selector_config._asdict(),
+            device_capability=None,  # type: ignore[arg-type]
+        )
+        if reasons:
+            raise NotImplementedError(f"the MKV attention backend does not serve this model: {', '.join(reasons)}")
+        return BACKEND
+
+    get_attn_backend_cls.mkv_original = original  # type: ignore[attr-defined]
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment,method-assign]
+
+
+def _load_adapters_after_weights() -> None:
+    """Lets MKVModelLoader follow whichever loader the user chose.
+
+    Private: wraps get_model_loader in its module and in the runners that imported it by name. Removable when attention
+    backends get a hook between loading and processing a model's weights.
+    """
+    from vllm.model_executor import model_loader
+
+    original = model_loader.get_model_loader
+    if hasattr(original, "mkv_original"):
+        return
+
+    @functools.wraps(original)
+    def get_model_loader(load_config: Any) -> Any:
+        from vllm_mkv.serving.loader import MKVModelLoader
+
+        return MKVModelLoader(original(load_config))
+
+    get_model_loader.mkv_original = original  # type: ignore[attr-defined]
+    model_loader.get_model_loader = get_model_loader
+    for name in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner", "vllm.v1.worker.gpu_worker"):
+        module = sys.modules.get(name)
+        if getattr(module, "get_model_loader", None) is original:
+            module.get_model_loader = get_model_loader  # type: ignore[union-attr]
+
+
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    """The model's attention layers by name. Private: CompilationConfig.static_forward_context."""
+    from vllm.model_executor.layers.attention import Attention
+
+    context = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+
+
+def layer_index(layer_name: str) -> int:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name)
+
+
+def set_cache_spec(layer: Attention, make_spec: Callable[[VllmConfig], Any]) -> None:
+    """Private: replaces the layer's get_kv_cache_spec; AttentionBackend.customize_spec is told no layer's name.
+
+    Removable when backends build specs per layer (vLLM issue 42449).
+    """
+    layer.get_kv_cache_spec = make_spec  # type: ignore[method-assign]
+
+
+def plain_linear_children(parent: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The fused q/k/v projection and the output projection of an attention module, where each is the only one of its
+    kind and has plain, unquantised weights. Private: UnquantizedLinearMethod says that weights are plain.
+    """
+    from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+
+    def only(kind: type) -> nn.Module | None:
+        found = [child for child in parent.children() if isinstance(child, kind)]
+        plain = len(found) == 1 and type(found[0].quant_method) is UnquantizedLinearMethod
+        return found[0] if plain else None
+
+    return only(QKVParallelLinear), only(RowParallelLinear)
+
+
+def memo_on_step(step: Any, build: Callable[[], Any]) -> Any:
+    """`build()` once per step: vLLM hands every metadata builder of a cache group the same object.
+
+    Private: an attribute on CommonAttentionMetadata. Removable when layers whose specs differ in page size alone share one
+    metadata builder.
+    """
+    memo = getattr(step, "_mkv_memo", None)
+    # A shallow copy of the object carries the attribute along, and is another step.
+    if memo is None or memo[0] != id(step):
+        memo = (id(step), build())
+        step._mkv_memo = memo
+    return memo[1]

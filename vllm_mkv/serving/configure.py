@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks an engine's configuration in the user's own process, before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_mkv.serving import compat
+from vllm_mkv.serving.options import MKVOptions
+from vllm_mkv.serving.plan import ServingPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# vLLM configures the logger `vllm` alone.
+logger = init_logger("vllm.mkv")
+
+
+def configure(vllm_config: VllmConfig) -> None:
+    """Refuses what MKV does not serve, reads the adapter, logs the plan, and writes the adapter's digest into the options.
+
+    Raises:
+        NotImplementedError: names the feature that is not supported and the alternative.
+        ValueError: names the cause and the mend.
+    """
+    compat.check_vllm_version()
+    refuse_unsupported(vllm_config)
+    plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
+    assert isinstance(vllm_config.additional_config, dict)
+    vllm_config.additional_config.setdefault("mkv", {})["digest"] = plan.digest
+    logger.info("%s", plan.describe())
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raises NotImplementedError for the first feature of a configuration that MKV does not serve."""
+    for feature, alternative in unsupported_features(vllm_config):
+        raise NotImplementedError(
+            f"{feature} is not supported with --attention-backend mkv; {alternative or 'serve with another backend'}"
+        )
+
+
+def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
+    """Features that the configuration asks for and MKV does not serve, each with the alternative."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    other = "serve this model with another backend"
+    quantised = "leave --kv-cache-dtype at auto: MKV's budget is what makes the cache smaller"
+    speculative = vllm_config.speculative_config
+    own_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    found = [
+        (model.use_mla, "an MLA model", "MLA's cache is a latent one already; " + other),
+        (model.is_encoder_decoder, "an encoder-decoder model", other),
+        (model.runner_type != "generate", f"--runner {model.runner_type}", "MKV serves generating models"),
+        (getattr(text, "alibi", False) or model.architecture in ALIBI_ARCHITECTURES, "ALiBi", other),
+        (bool(getattr(text, "attn_logit_softcapping", None)), "a soft-cap of attention scores", other),
+        (
+            model.get_sliding_window() is not None or "sliding_attention" in layer_types,
+            "a sliding window",
+            "where the window is not needed, switch it off with --disable-sliding-window; otherwise " + other,
+        ),
+        (bool(layer_types - {"full_attention", "sliding_attention"}), f"layers of kinds {sorted(layer_types)}", other),
+        (model.architecture in SINK_ARCHITECTURES, "attention sinks", other),
+        (cache.cache_dtype not in own_dtypes, f"--kv-cache-dtype {cache.cache_dtype}", quantised),
+        (vllm_config.kv_transfer_config is not None, "a KV connector", "remove --kv-transfer-config"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism",
+            "use --tensor-parallel-size",
+        ),
+        (
+            speculative is not None and speculative.method not in MODEL_FREE_SPECULATION,
+            f"speculative decoding with {getattr(speculative, 'method', None)}",
+            "use the method ngram, which needs no draft model",
+        ),
+        (
+            set(vllm_config.attention_config.backend_per_kind.values()) - {compat.mkv_member()} != set(),
+            "mixing MKV with other attention backends (backend_per_kind)",
+            "give --attention-backend mkv alone",
+        ),
+        (vllm_config.parallel_config.enable_dbo, "dual batch overlap", "remove --enable-dbo"),
+        (
+            getattr(vllm_config.offload_config, "kv_offloading", None) is not None
+            or getattr(cache, "kv_offloading_size", None) is not None,
+            "KV offloading",
+            "remove --kv-offloading-size",
+        ),
+    ]
+    return [(feature, alternative) for present, feature, alternative in found if present]
+
+
+ALIBI_ARCHITECTURES = frozenset({"BloomForCausalLM", "MPTForCausalLM", "MptForCausalLM", "BaichuanForCausalLM"})
+"""Architectures whose configuration does not tell that they bias scores by distance. The impl's constructor refuses the rest."""
+SINK_ARCHITECTURES = frozenset({"GptOssForCausalLM"})
+MODEL_FREE_SPECULATION = frozenset({"ngram", "ngram_gpu", "suffix"})

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the adapter into a model whose weights another loader has just loaded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from mkv_kernels.bases import LayerBases
+from vllm_mkv.allocation import split_groups
+from vllm_mkv.serving import compat, fold
+from vllm_mkv.serving.attention import MKVAttentionImpl
+from vllm_mkv.serving.options import MKVOptions
+from vllm_mkv.serving.plan import ServingPlan
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+logger = init_logger("vllm.mkv.loader")
+
+
+class MKVModelLoader(BaseModelLoader):
+    """Base weights by whichever loader the user chose, then the adapter: slice by tensor-parallel rank, fold values, hand
+    each attention layer its bases and its layout."""
+
+    def __init__(self, base: BaseModelLoader) -> None:
+        super().__init__(base.load_config)
+        self.base = base
+        self._vllm_config: VllmConfig | None = None
+
+    def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
+        return self.base.get_external_weight_memory(vllm_config)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        self.base.download_model(model_config)
+
+    def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.base.create_model(*args, **kwargs)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self.base.load_weights(model, model_config)
+        vllm_config = self._vllm_config or get_current_vllm_config_or_none()
+        assert vllm_config is not None
+        load_adapter(model, vllm_config, may_fold=True)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        self._vllm_config = vllm_config
+        if type(self.base).load_model is BaseModelLoader.load_model:
+            return super().load_model(vllm_config, model_config, prefix)
+        # A loader with ways of its own may process weights before they can be folded.
+        model = self.base.load_model(vllm_config, model_config, prefix)
+        load_adapter(model, vllm_config, may_fold=False)
+        return model
+
+
+def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -> None:
+    """Gives every MKV attention layer of the model its bases, layout and cache spec.
+
+    Raises:
+        ValueError: the adapter has no bases for a layer.
+    """
+    modules = dict(model.named_modules())
+    layers = {
+        name: layer
+        for name, layer in compat.attention_layers(vllm_config).items()
+        if isinstance(layer.impl, MKVAttentionImpl) and name in modules
+    }
+    if not layers:  # a model with another backend, in a process that has also served with MKV
+        return
+    plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
+    # With LoRA, deltas computed from the model's own weights are added behind every projection.
+    may_fold = may_fold and vllm_config.lora_config is None
+    folded = [0, 0]
+    for name, layer in layers.items():
+        index = compat.layer_index(name)
+        if index not in plan.adapter.config.layers:
+            raise ValueError(
+                f"the adapter in {plan.folder} has no bases for {name}; make an adapter for this model: "
+                f"vllm-mkv calibrate {vllm_config.model_config.model} --text FILE --output ADAPTER"
+            )
+        parent = modules.get(name.rpartition(".")[0])
+        qkv, out = fold.foldable(parent, layer) if may_fold and parent is not None else (None, None)
+        _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out)
+        folded[0] += qkv is not None
+        folded[1] += out is not None and plan.adapter.config.group_heads == 1
+    model.load_weights = _refuse_reload  # type: ignore[assignment]
+    logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
+
+
+def _adapt_layer(
+    layer: Attention, plan: ServingPlan, position: int, qkv: nn.Module | None, out: nn.Module | None
+) -> None:
+    shard, num_shards = get_tensor_model_parallel_rank(), plan.num_shards
+    groups = list(split_groups(range(plan.allocation.shape.num_groups), num_shards)[shard])
+    bases = plan.adapter.bases[position]
+
+    def mine(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array[groups]))
+
+    C, D = mine(bases.C), mine(bases.D)
+    if plan.adapter.config.group_heads > 1:
+        out = None
+    if qkv is not None:
+        fold.fold_down(qkv, layer, C)
+    if out is not None:
+        fold.fold_up(out, layer, D)
+    cut = partial(
+        LayerBases.cut,
+        A=mine(bases.A),
+        B=mine(bases.B),
+        C=C,
+        D=D,
+        key_mean=mine(bases.key_mean),
+        value_mean=mine(bases.value_mean),
+        head_size=layer.head_size,
+        fold_down=qkv is not None,
+        fold_up=out is not None,
+        device=next(iter(layer.buffers())).device,
+    )
+
+    def make_spec(vllm_config: VllmConfig) -> FullAttentionSpec:
+        block_size = vllm_config.cache_config.block_size
+        layout = plan.allocation.layout(
+            position, block_size=block_size, itemsize=plan.itemsize, shard=shard, num_shards=num_shards
+        )
+        layer.impl.bases = cut(layout)
+        return FullAttentionSpec(
+            block_size=block_size,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            head_size_v=layer.head_size_v,
+            dtype=layer.kv_cache_torch_dtype,
+            num_head_slots=1,
+            state_content_bytes=layout.bytes_per_token,
+        )
+
+    compat.set_cache_spec(layer, make_spec)
+
+
+def _refuse_reload(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "weights of a model that is served with MKV cannot be reloaded: bases are folded into them; start the engine anew"
+    )

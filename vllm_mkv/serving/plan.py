@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served: the adapter, and the allocation that the budget buys from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_mkv.adapter import Adapter, choose_budget, digest, locate
+from vllm_mkv.allocation import Allocation
+from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.serving.options import MKVOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens per page to reckon with while vLLM has not chosen them yet; only tiers of few bits in tiny pages notice."""
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    folder: Path
+    digest: str
+    adapter: Adapter
+    budget: float
+    allocation: Allocation
+    block_size: int
+    itemsize: int
+    num_shards: int
+
+    @classmethod
+    def make(cls, vllm_config: VllmConfig, options: MKVOptions) -> ServingPlan:
+        """Finds, reads and checks the adapter, and replays its path.
+
+        Raises:
+            ValueError: the adapter is missing, damaged, or of another model, or the budget is out of its reach.
+        """
+        model = vllm_config.model_config
+        folder = locate(options.adapter, model.model, options.revision, model.revision)
+        found = digest(folder) if (folder / "adapter_config.json").is_file() else ""
+        if options.digest not in (None, found):
+            raise ValueError(f"the adapter in {folder} changed while vLLM was starting; start again")
+        adapter = Adapter.load(folder)
+        adapter.check_model(ModelFingerprint.of(model.hf_config))
+        budget = choose_budget(options.budget, adapter.config)
+        path = adapter.path if options.allocation == "path" else adapter.uniform_path
+        block_size = vllm_config.cache_config.block_size or DEFAULT_BLOCK_SIZE
+        itemsize = model.dtype.itemsize
+        num_shards = vllm_config.parallel_config.tensor_parallel_size
+        allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
+        return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers and tensor-parallel ranks."""
+        return self.allocation.bytes_per_token(
+            block_size=self.block_size, itemsize=self.itemsize, num_shards=self.num_shards
+        )
+
+    @property
+    def reached(self) -> float:
+        return self.allocation.budget(block_size=self.block_size, itemsize=self.itemsize, num_shards=self.num_shards)
+
+    def describe(self) -> str:
+        """The one line that a start logs."""
+        reached, used = self.reached, self.bytes_per_token
+        waste = used - sum(
+            layout.content_bytes // layout.block_size
+            for layer in range(self.allocation.shape.num_layers)
+            for layout in (
+                self.allocation.layout(
+                    layer, block_size=self.block_size, itemsize=self.itemsize, shard=shard, num_shards=self.num_shards
+                )
+                for shard in range(self.num_shards)
+            )
+        )
+        return (
+            f"MKV: adapter {self.folder} ({self.digest}), budget {self.budget:g} asked and {reached:.4f} reached: "
+            f"{used} bytes per token in place of {round(used / reached)}"
+            + (f" ({waste} of them padding)" if waste else "")
+            + f", {1 / reached:.2f} times the tokens in the same memory"
+        )
