@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the small Llama-architecture model that this repository bundles, from nothing, on a CPU.
 
-    python examples/train_tiny_model.py --text BOOKS_FOLDER STORIES.txt --valid-text HELD_OUT.txt --output examples/books-4m
+    python examples/train_tiny_model.py --text BOOKS_FOLDER STORIES.txt --valid-text HELD_OUT.txt \\
+        --output examples/books-4m
 
 A tenth of the training windows repeat an earlier passage of the same window, so that the model learns to copy from
 afar; copy accuracy by distance is measured at the end. Stop it at any time; the same command resumes where it was.
@@ -14,6 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarr
 
 
 def draw_batch(stream: np.ndarray, batch: int, length: int, step: int, args: argparse.Namespace) -> torch.Tensor:
-    """`batch` windows of `length + 1` tokens; depends on the seed and the step alone, so that a resumed run is equal."""
+    """`batch` windows of `length + 1` tokens; depends on seed and step alone, so that a resumed run is equal."""
     random = np.random.default_rng([args.seed, step])
     starts = random.integers(0, len(stream) - length - 1, batch)
     windows = stream[starts[:, None] + np.arange(length + 1)]
@@ -114,8 +116,9 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace)
         torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 50, 1.0, (args.steps - s) / (0.6 * args.steps)))
         for o in optimizers
     ]
-    checkpoint, state = args.output / "checkpoint.pt", {"step": 0, "losses": []}
-    parts = [model, *optimizers, *schedulers]
+    checkpoint = args.output / "checkpoint.pt"
+    state: dict[str, Any] = {"step": 0, "losses": []}
+    parts: list[Any] = [model, *optimizers, *schedulers]
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for part, saved in zip(parts, state["parts"], strict=True):
@@ -129,15 +132,17 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace)
                 raise SystemExit(f"the loss is {loss.item()} at step {step}; lower --lr")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in [*optimizers, *schedulers]:
+            for part in parts[1:]:
                 part.step()
             model.zero_grad()
             state["losses"].append(round(loss.item(), 4))
             progress.set_postfix(loss=f"{np.mean(state['losses'][-50:]):.3f}", refresh=False)
             progress.update()
             if (step + 1) % 200 == 0 or step + 1 == args.steps:
-                torch.save({"step": step + 1, "losses": state["losses"], "parts": [p.state_dict() for p in parts]},
-                           checkpoint.with_suffix(".new"))
+                torch.save(
+                    {"step": step + 1, "losses": state["losses"], "parts": [p.state_dict() for p in parts]},
+                    checkpoint.with_suffix(".new"),
+                )
                 checkpoint.with_suffix(".new").rename(checkpoint)
     return state["losses"]
 
@@ -171,19 +176,32 @@ def main() -> None:
     documents = read_documents(args.text)
     tokenizer = train_tokenizer(documents, args.vocab_size)
     stream = encode(tokenizer, documents)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=args.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
-        head_dim=args.head_size, max_position_embeddings=args.context, tie_word_embeddings=True,
-        initializer_range=0.04, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.head_size,
+            max_position_embeddings=args.context,
+            tie_word_embeddings=True,
+            initializer_range=0.04,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     losses = train(model, stream, args)
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     report = {
-        "parameters": model.num_parameters(), "training_tokens": args.steps * args.tokens_per_step,
-        "corpus_tokens": len(stream), "seconds": round(time.perf_counter() - start), "seed": args.seed,
+        "parameters": model.num_parameters(),
+        "training_tokens": args.steps * args.tokens_per_step,
+        "corpus_tokens": len(stream),
+        "seconds": round(time.perf_counter() - start),
+        "seed": args.seed,
         "loss": [round(float(np.mean(losses[i : i + 50])), 3) for i in range(0, len(losses), 50)],
     }
     if args.valid_text:

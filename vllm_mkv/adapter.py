@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter: the one contract between preparing a model and serving it.
 
-A folder with `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md`. Tensors, all float32 but the
-path, with G latent groups of n = group_heads * head_size coordinates:
+A folder with `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md`. Tensors, all float32 but
+the path, with G latent groups of n = group_heads * head_size coordinates:
 
     layers.{i}.key.A, layers.{i}.key.B       [G, n, n], A B^T = I: the cache holds the first columns of (k - mean) A
     layers.{i}.value.C, layers.{i}.value.D   [G, n, n], C D = I:   the cache holds the first columns of (v - mean) C
@@ -106,7 +106,8 @@ class Adapter:
         if differences:
             raise ValueError(
                 f"the adapter was made for {self.config.base_model_name_or_path}, and this model differs: "
-                f"{'; '.join(differences)}. Make an adapter for it: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+                f"{'; '.join(differences)}. Make an adapter for it: vllm-mkv calibrate MODEL --text FILE "
+                "--output ADAPTER"
             )
 
     def save(self, folder: str | Path, card: str) -> None:
@@ -221,9 +222,7 @@ def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, 
         for label, product in (("key.A and key.B", A @ B.swapaxes(-1, -2)), ("value.C and value.D", C @ D)):
             residual = float(np.abs(product - np.eye(width, dtype=np.float32)).max())
             if not residual <= INVERSE_TOLERANCE:
-                raise ValueError(
-                    f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {again}"
-                )
+                raise ValueError(f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {again}")
         bases.append(LayerBases(A, B, C, D, *means))
     if "allocation.path" not in tensors:
         raise ValueError(f"{file}: tensor allocation.path is missing; {again}")
@@ -235,7 +234,9 @@ def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, 
     return tuple(bases), path
 
 
-def locate(adapter: str | None, model: str | None, revision: str | None = None, model_revision: str | None = None) -> Path:
+def locate(
+    adapter: str | None, model: str | None, revision: str | None = None, model_revision: str | None = None
+) -> Path:
     """The local folder of an adapter.
 
     Args:
@@ -264,7 +265,7 @@ def locate(adapter: str | None, model: str | None, revision: str | None = None, 
     if not folder.is_dir():
         raise ValueError(
             f"no adapter was named and {model} has no folder mkv; make one with: vllm-mkv calibrate {model} "
-            "--text FILE --output ADAPTER, and name it: --additional-config '{\"mkv\": {\"adapter\": \"ADAPTER\"}}'"
+            '--text FILE --output ADAPTER, and name it: --additional-config \'{"mkv": {"adapter": "ADAPTER"}}\''
         )
     return folder
 

@@ -2,7 +2,7 @@
 """Which coordinates get how many bits, for any budget.
 
 An allocation path is the order in which the blocks of 16 coordinates of every (layer, latent group, side) step down
-through the widths. Replaying it until the bytes fit gives ranks and tiers for any budget, so one adapter serves them all.
+through the widths. Replaying it until the bytes fit gives ranks and tiers for any budget: one adapter serves them all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -56,13 +57,9 @@ class Allocation:
         """`[layers, groups, 2]`: stored coordinates of every latent group's key and value."""
         return np.array([[[rank_of(side) for side in group] for group in layer] for layer in self.widths])
 
-    def layout(
-        self, layer: int, *, block_size: int, itemsize: int, shard: int = 0, num_shards: int = 1
-    ) -> PageLayout:
+    def layout(self, layer: int, *, block_size: int, itemsize: int, shard: int = 0, num_shards: int = 1) -> PageLayout:
         """The layer's pages on one of `num_shards` tensor-parallel ranks, padded to the largest of them."""
-        layouts = [
-            PageLayout(widths, block_size, itemsize) for widths in split_groups(self.widths[layer], num_shards)
-        ]
+        layouts = [PageLayout(widths, block_size, itemsize) for widths in split_groups(self.widths[layer], num_shards)]
         padded = max(layout.bytes_per_token for layout in layouts)
         return PageLayout(layouts[shard].widths, block_size, itemsize, padded)
 
@@ -85,7 +82,7 @@ class Allocation:
 
 
 def split_groups(groups: Sequence[T], num_shards: int) -> list[tuple[T, ...]]:
-    """Groups of each tensor-parallel rank: consecutive ones, or one that several ranks share where ranks outnumber them.
+    """Groups of each tensor-parallel rank: consecutive ones, or a shared one where ranks outnumber them.
 
     Raises:
         ValueError: the latent groups do not divide into the ranks.
@@ -108,7 +105,7 @@ class AllocationPath:
 
     Args:
         shape: the cache that is allocated.
-        steps: int `[num_steps, 5]`, each row a layer, a latent group, a side (0 key, 1 value), a block and its new width.
+        steps: int `[num_steps, 5]`, rows of layer, latent group, side (0 key, 1 value), block and its new width.
     """
 
     shape: CacheShape
@@ -116,12 +113,15 @@ class AllocationPath:
 
     @classmethod
     def uniform(cls, shape: CacheShape, widths: Sequence[int] = (16, 0), min_rank: int = BLOCK) -> AllocationPath:
-        """All latent groups alike: the least important blocks of all of them go first, values before keys."""
+        """All latent groups alike: every one loses its least important block before any loses its next.
+
+        Within such a round early layers go first, and in a layer values before keys.
+        """
         check_width_ladder(widths)
         kept = min_rank // BLOCK
         order = [
             (layer, group, side, block, width)
-            for from_width, width in zip(widths, widths[1:], strict=False)
+            for _, width in pairwise(widths)
             for block in range(shape.num_blocks - 1, kept - 1 if width == 0 else -1, -1)
             for layer in range(shape.num_layers)
             for side in (1, 0)
@@ -152,9 +152,7 @@ class AllocationPath:
         """The widths that occur on the path, most bits first."""
         return tuple(w for w in WIDTHS if w == 16 or w in set(self.steps[:, 4].tolist()))
 
-    def replay(
-        self, budget: float, *, block_size: int = 16, itemsize: int = 2, num_shards: int = 1
-    ) -> Allocation:
+    def replay(self, budget: float, *, block_size: int = 16, itemsize: int = 2, num_shards: int = 1) -> Allocation:
         """The first allocation of the path whose bytes per token fit the budget.
 
         Args:
@@ -197,9 +195,7 @@ class AllocationPath:
         total = num_shards * sum(layer_bytes)
 
         def frozen() -> Allocation:
-            return Allocation(
-                shape, tuple(tuple((tuple(k), tuple(v)) for k, v in layer) for layer in widths)
-            )
+            return Allocation(shape, tuple(tuple((tuple(k), tuple(v)) for k, v in layer) for layer in widths))
 
         yield frozen, total
         for layer, group, side, block, width in self.steps.tolist():

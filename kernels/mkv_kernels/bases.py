@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bases of one layer as the kernels take them: cut to the ranks, gathered by runs of equal widths, on the device.
 
-Shape legend, here and in `store` and `attend`: T tokens, G latent groups of a run, J KV heads of a group, M query heads per
-KV head, d head size, n = J * d, Rk and Rv the stored coordinates of keys and values.
+Shape legend, here and in `store` and `attend`: T tokens, G latent groups of a run, J KV heads of a group, M query heads
+per KV head, d head size, n = J * d, Rk and Rv the stored coordinates of keys and values.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 BLOCK = 16
 """Coordinates that share one width: the unit of allocation, and what `rank_step` counts."""
@@ -188,5 +189,5 @@ def check_widths(widths: Sequence[int], group_width: int) -> None:
         raise ValueError(f"{len(widths)} block widths for a latent group of {group_width // BLOCK} blocks")
     if any(width not in WIDTHS for width in widths):
         raise ValueError(f"block widths {tuple(widths)} are not all among {WIDTHS}")
-    if any(a < b for a, b in zip(widths, widths[1:], strict=False)):
+    if any(a < b for a, b in pairwise(widths)):
         raise ValueError(f"block widths {tuple(widths)} increase along the order of importance")

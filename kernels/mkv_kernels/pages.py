@@ -22,8 +22,8 @@ def view_pages(cache: torch.Tensor, layout: PageLayout) -> tuple[RunPages, ...]:
     """Views of a cache for every run of the layout.
 
     Args:
-        cache: [num_blocks, 1, block_size, bytes_per_token / itemsize] of the model's dtype; blocks may lie any stride apart,
-            the page itself must be dense.
+        cache: [num_blocks, 1, block_size, bytes_per_token / itemsize] of the model's dtype; blocks may lie any stride
+            apart, the page itself must be dense.
 
     Raises:
         ValueError: the cache is not of the layout's shape.
@@ -36,7 +36,9 @@ def view_pages(cache: torch.Tensor, layout: PageLayout) -> tuple[RunPages, ...]:
             f"{layout.itemsize} bytes"
         )
     if cache.stride(3) != 1 or cache.stride(2) != elements:
-        raise ValueError(f"the cache's pages are not dense (strides {cache.stride()}); use a layer-compact KV cache layout")
+        raise ValueError(
+            f"the cache's pages are not dense (strides {cache.stride()}); use a layer-compact KV cache layout"
+        )
     return tuple(
         RunPages(_view(cache, run, run.first.key, layout), _view(cache, run, run.first.value, layout))
         for run in layout.runs

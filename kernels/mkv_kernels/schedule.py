@@ -17,8 +17,8 @@ class Bucket:
 
     Shapes, with B requests, Q queries each and L cached tokens each:
         blocks: [B, ceil(L / block_size)] int64, 0 where a request has no block
-        unused: [B, L - first_unused, 1] bool, cached positions from `first_unused` on that hold no token of the request;
-            None where the requests are equally long
+        unused: [B, L - first_unused, 1] bool, cached positions from `first_unused` on that hold no token of the
+            request; None where the requests are equally long
         mask:   [B, 1, Q, L], added to the scores: 0 where a query sees a cached token, else minus infinity; None where
             L = Q and query i sees tokens 0 to i
         tokens: [N] int64, tokens of the step that are computed here

@@ -18,7 +18,7 @@ def project_and_store(
     slots: torch.Tensor,
     tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """k' = (k - mean) A, v' = (v - mean) C and q' = q B[head], each cut to its group's rank; k' and v' go to their slots.
+    """k' = (k - mean) A, v' = (v - mean) C and q' = q B[head], cut to the group's rank; k' and v' go to their slots.
 
     Projections are computed in float32 whatever the dtype; the cache and q' have the dtype of the inputs.
 

@@ -15,7 +15,7 @@ from vllm_mkv.serving.metadata import MKVMetadataBuilder
 class MKVAttentionBackend(AttentionBackend):
     """Causal decoder attention over a projected KV cache.
 
-    Cache: `[num_blocks, 1, block_size, bytes_per_token / itemsize]`; `mkv_kernels.layout` says what lies where in a page.
+    Cache: `[num_blocks, 1, block_size, bytes_per_token / itemsize]`; `mkv_kernels.layout` says what lies where in it.
     """
 
     forward_includes_kv_cache_update = True

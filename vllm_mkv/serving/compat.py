@@ -42,7 +42,7 @@ def check_vllm_version() -> None:
 def register_backend() -> None:
     """Adds the enum member that `--attention-backend mkv` names, and the check of the configuration behind it.
 
-    Private: AttentionBackendEnum.register, called with its log line held back (a stock start logs nothing of the plugin).
+    Private: AttentionBackendEnum.register, with its log line held back (a stock start logs nothing of the plugin).
     Removable when vLLM's enum takes members from entry points.
     """
     from vllm.v1.attention.backends import registry
@@ -55,7 +55,7 @@ def register_backend() -> None:
             registry.register_backend(NAME, BACKEND)
         finally:
             registry.logger.setLevel(level)
-        # Pickled by name, a member that is made at run time is unknown to a process that has not loaded its plugins yet.
+        # Pickled by name, a member made at run time is unknown to a process that has not loaded its plugins yet.
         # Removable when vLLM's processes load plugins before they unpickle their configuration.
         registry.AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (restore_member, ())
     _check_engine_configs()
@@ -83,8 +83,8 @@ def uses_mkv(vllm_config: VllmConfig) -> bool:
 def _check_engine_configs() -> None:
     """Lets `configure` see every engine configuration as soon as it is made, in the user's own process.
 
-    Private: wraps EngineArgs.create_engine_config. Removable when attention backends get a hook that sees the configuration
-    before the engine starts.
+    Private: wraps EngineArgs.create_engine_config. Removable when attention backends get a hook that sees the
+    configuration before the engine starts.
     """
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     # Only a process that makes engine configurations has the module; none is loaded here for its own sake.
@@ -209,13 +209,13 @@ def set_cache_spec(layer: Attention, make_spec: Callable[[VllmConfig], Any]) -> 
     layer.get_kv_cache_spec = make_spec  # type: ignore[method-assign]
 
 
-def plain_linear_children(parent: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def plain_linear_children(parent: nn.Module) -> tuple[Any, Any]:
     """The fused q/k/v projection and the output projection of an attention module, where each is the only one of its
     kind and has plain, unquantised weights. Private: UnquantizedLinearMethod says that weights are plain.
     """
     from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
-    def only(kind: type) -> nn.Module | None:
+    def only(kind: type) -> Any:
         found = [child for child in parent.children() if isinstance(child, kind)]
         plain = len(found) == 1 and type(found[0].quant_method) is UnquantizedLinearMethod
         return found[0] if plain else None
@@ -226,8 +226,8 @@ def plain_linear_children(parent: nn.Module) -> tuple[nn.Module | None, nn.Modul
 def memo_on_step(step: Any, build: Callable[[], Any]) -> Any:
     """`build()` once per step: vLLM hands every metadata builder of a cache group the same object.
 
-    Private: an attribute on CommonAttentionMetadata. Removable when layers whose specs differ in page size alone share one
-    metadata builder.
+    Private: an attribute on CommonAttentionMetadata. Removable when layers whose specs differ in page size alone share
+    one metadata builder.
     """
     memo = getattr(step, "_mkv_memo", None)
     # A shallow copy of the object carries the attribute along, and is another step.

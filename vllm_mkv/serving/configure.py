@@ -19,7 +19,7 @@ logger = init_logger("vllm.mkv")
 
 
 def configure(vllm_config: VllmConfig) -> None:
-    """Refuses what MKV does not serve, reads the adapter, logs the plan, and writes the adapter's digest into the options.
+    """Refuses what MKV does not serve, reads the adapter, logs the plan, writes the adapter's digest into the options.
 
     Raises:
         NotImplementedError: names the feature that is not supported and the alternative.
@@ -92,6 +92,6 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
 
 
 ALIBI_ARCHITECTURES = frozenset({"BloomForCausalLM", "MPTForCausalLM", "MptForCausalLM", "BaichuanForCausalLM"})
-"""Architectures whose configuration does not tell that they bias scores by distance. The impl's constructor refuses the rest."""
+"""Architectures whose configuration does not tell that they bias scores by distance; the impl refuses the rest."""
 SINK_ARCHITECTURES = frozenset({"GptOssForCausalLM"})
 MODEL_FREE_SPECULATION = frozenset({"ngram", "ngram_gpu", "suffix"})

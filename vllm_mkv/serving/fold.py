@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
 
-def foldable(parent: nn.Module, attention: Attention) -> tuple[nn.Module | None, nn.Module | None]:
+def foldable(parent: nn.Module, attention: Attention) -> tuple[Any, Any]:
     """The projections of an attention module into which C and D may be folded; None for one that may not be.
 
     A projection may be folded where its weights are plain and its values reach the attention, or its input leaves it,
@@ -41,7 +41,7 @@ def foldable(parent: nn.Module, attention: Attention) -> tuple[nn.Module | None,
     return (qkv if value_untouched else None), (out if output_untouched else None)
 
 
-def _trace(parent: nn.Module, attention: Attention, qkv: nn.Module | None, out: nn.Module | None) -> tuple[bool, bool]:
+def _trace(parent: nn.Module, attention: Attention, qkv: Any, out: Any) -> tuple[bool, bool]:
     weight = next(child.weight for child in (qkv, out) if child is not None)
     hidden = next((child.weight.shape[dim] for child, dim in ((qkv, 1), (out, 0)) if child is not None))
     arguments: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def _stand_in(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fold_down(qkv: nn.Module, attention: Attention, C: torch.Tensor) -> None:
+def fold_down(qkv: Any, attention: Attention, C: torch.Tensor) -> None:
     """W_V becomes W_V C, and its bias b C, within every latent group. Shapes: C [G, n, n]."""
     start = (attention.num_heads + attention.num_kv_heads) * attention.head_size
     tensors = [qkv.weight] + ([qkv.bias] if getattr(qkv, "bias", None) is not None else [])
@@ -108,7 +108,7 @@ def fold_down(qkv: nn.Module, attention: Attention, C: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def fold_up(out: nn.Module, attention: Attention, D: torch.Tensor) -> None:
+def fold_up(out: Any, attention: Attention, D: torch.Tensor) -> None:
     """Columns of W_O become D W_O for every query head. Shapes: D [KV heads, d, d], one head per latent group."""
     columns = out.weight.data
     by_head = columns.float().reshape(columns.shape[0], attention.num_kv_heads, -1, attention.head_size)

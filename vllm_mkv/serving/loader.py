@@ -30,8 +30,8 @@ logger = init_logger("vllm.mkv.loader")
 
 
 class MKVModelLoader(BaseModelLoader):
-    """Base weights by whichever loader the user chose, then the adapter: slice by tensor-parallel rank, fold values, hand
-    each attention layer its bases and its layout."""
+    """Base weights by whichever loader the user chose, then the adapter: slice by tensor-parallel rank, fold values,
+    hand each attention layer its bases and its layout."""
 
     def __init__(self, base: BaseModelLoader) -> None:
         super().__init__(base.load_config)
@@ -97,9 +97,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
 
 
-def _adapt_layer(
-    layer: Attention, plan: ServingPlan, position: int, qkv: nn.Module | None, out: nn.Module | None
-) -> None:
+def _adapt_layer(layer: Attention, plan: ServingPlan, position: int, qkv: Any, out: Any) -> None:
     shard, num_shards = get_tensor_model_parallel_rank(), plan.num_shards
     groups = list(split_groups(range(plan.allocation.shape.num_groups), num_shards)[shard])
     bases = plan.adapter.bases[position]
@@ -149,5 +147,6 @@ def _adapt_layer(
 
 def _refuse_reload(*args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(
-        "weights of a model that is served with MKV cannot be reloaded: bases are folded into them; start the engine anew"
+        "weights of a model that is served with MKV cannot be reloaded, since bases are folded into them; "
+        "start the engine anew"
     )

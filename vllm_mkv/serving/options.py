@@ -18,7 +18,7 @@ class MKVOptions(BaseModel):
     revision: of the adapter's Hub repository.
     budget: bytes per token as a share of the model's own cache, in (0, 1]; without it, the adapter's default.
     allocation: "path" replays the adapter's allocation path, "uniform" treats all latent groups alike.
-    digest: of the adapter. Set by the plugin, so that vLLM's compile cache and its other processes see the same adapter.
+    digest: of the adapter. Set by the plugin, so that vLLM's compile cache and other processes see the same adapter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

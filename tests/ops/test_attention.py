@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Store and attend against the formulae written out, on caches that are full of NaN."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from mkv_kernels.attend import attend
+from mkv_kernels.bases import LayerBases
+from mkv_kernels.layout import PageLayout, rank_of
+from mkv_kernels.pages import view_pages
+from mkv_kernels.schedule import make_buckets
+from mkv_kernels.store import project_and_store
+
+LENGTHS = (1, 15, 16, 17, 63, 100)
+SCALE = 0.2
+
+
+def blocks(rank: int, n: int) -> tuple[int, ...]:
+    return tuple(16 if 16 * i < rank else 0 for i in range(n // 16))
+
+
+class Layer:
+    """A layer of random, well-conditioned dual bases and everything to run it with."""
+
+    def __init__(
+        self,
+        *,
+        d=32,
+        J=2,
+        ranks=((64, 64), (16, 48), (32, 0)),
+        M=2,
+        block_size=16,
+        dtype=torch.float64,
+        fold_down=False,
+        fold_up=False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.d, self.J, self.M, self.ranks, self.block_size, self.dtype = d, J, M, ranks, block_size, dtype
+        self.G, self.n = len(ranks), d * J
+        eye = torch.eye(self.n, dtype=torch.float64)
+        self.A = eye + torch.randn(self.G, self.n, self.n, dtype=torch.float64) / (4 * self.n**0.5)
+        self.C = eye + torch.randn(self.G, self.n, self.n, dtype=torch.float64) / (4 * self.n**0.5)
+        self.B, self.D = torch.linalg.inv(self.A).mT.contiguous(), torch.linalg.inv(self.C)
+        self.key_mean, self.value_mean = torch.randn(2, self.G, self.n, dtype=torch.float64)
+        widths = tuple((blocks(k, self.n), blocks(v, self.n)) for k, v in ranks)
+        assert all((rank_of(k), rank_of(v)) == pair for (k, v), pair in zip(widths, ranks, strict=True))
+        self.layout = PageLayout(widths, block_size, dtype.itemsize)
+        self.bases = LayerBases.cut(
+            self.layout,
+            A=self.A,
+            B=self.B,
+            C=self.C,
+            D=self.D,
+            key_mean=self.key_mean,
+            value_mean=self.value_mean,
+            head_size=d,
+            fold_down=fold_down,
+            fold_up=fold_up,
+        )
+        # A block stride beyond the page, as where layers are interleaved.
+        elements = self.layout.page_bytes // dtype.itemsize
+        self.memory = torch.full((64, elements + 24), float("nan"), dtype=dtype)
+        self.cache = self.memory[:, :elements].view(64, 1, block_size, -1)
+        self.pages = view_pages(self.cache, self.layout)
+
+    def inputs(self, num_tokens: int) -> tuple[torch.Tensor, ...]:
+        heads = (self.G * self.J * self.M, self.G * self.J, self.G * self.J)
+        return tuple(torch.randn(num_tokens, h, self.d, dtype=torch.float64).to(self.dtype) for h in heads)
+
+    def expected(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Of one whole request, in float64."""
+        T = q.shape[0]
+        out = torch.empty(T, self.G, self.J, self.M, self.d, dtype=torch.float64)
+        future = torch.ones(T, T).triu(1).bool()
+        for g, (rank_k, rank_v) in enumerate(self.ranks):
+            down = (k.double().view(T, self.G, -1)[:, g] - self.key_mean[g]) @ self.A[g]
+            k_hat = down[:, :rank_k] @ self.B[g, :, :rank_k].T
+            down = (v.double().view(T, self.G, -1)[:, g] - self.value_mean[g]) @ self.C[g]
+            v_hat = down[:, :rank_v] @ self.D[g, :rank_v] + self.value_mean[g]
+            for j, m in itertools.product(range(self.J), range(self.M)):
+                head = slice(j * self.d, (j + 1) * self.d)
+                scores = q.double().view(T, self.G, self.J, self.M, -1)[:, g, j, m] @ k_hat[:, head].T * SCALE
+                out[:, g, j, m] = scores.masked_fill(future, -torch.inf).softmax(-1) @ v_hat[:, head]
+        return out.view(T, -1, self.d)
+
+
+def run_in_chunks(layer: Layer, requests, seed: int, fold_C=None) -> list[torch.Tensor]:
+    """Feeds whole requests in random chunks, in mixed batches, through shuffled blocks."""
+    rng = random.Random(seed)
+    bs = layer.block_size
+    free = list(range(1, 64))
+    rng.shuffle(free)
+    tables = [[free.pop() for _ in range(-(-len(q) // bs))] for q, _, _ in requests]
+    width = max(map(len, tables))
+    block_table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+    done, outputs = [0] * len(requests), [[] for _ in requests]
+    while any(a < len(q) for a, (q, _, _) in zip(done, requests, strict=True)):
+        chunk = [min(rng.choice([1, 1, 7, 20, 64]), len(q) - a) for a, (q, _, _) in zip(done, requests, strict=True)]
+        active = [i for i, count in enumerate(chunk) if count]
+        q, k, v = (torch.cat([requests[i][x][done[i] : done[i] + chunk[i]] for i in active]) for x in range(3))
+        slots = torch.tensor(
+            [tables[i][p // bs] * bs + p % bs for i in active for p in range(done[i], done[i] + chunk[i])]
+        )
+        projected = project_and_store(q, k, v, layer.pages, layer.bases, slots, None)
+        starts = torch.tensor([0, *itertools.accumulate(chunk[i] for i in active)])
+        lens = torch.tensor([done[i] + chunk[i] for i in active])
+        scores = rng.choice([1 << 24, 300])
+        buckets = make_buckets(starts, lens, block_table[active], bs, layer.dtype, max_scores=scores)
+        output = torch.full_like(q, float("nan"))
+        attend(projected, layer.pages, layer.bases, buckets, SCALE, output)
+        for i, out in zip(active, output.split([chunk[i] for i in active]), strict=True):
+            outputs[i].append(out)
+            done[i] += chunk[i]
+    return [torch.cat(parts) for parts in outputs]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"J": 1, "d": 64, "M": 1, "ranks": ((64, 64), (16, 64), (48, 16), (16, 64))},
+        {"J": 4, "d": 16, "M": 4, "ranks": ((16, 16),) * 3, "block_size": 8},
+        {"J": 1, "d": 96, "M": 7, "ranks": ((96, 48),), "block_size": 128},
+        {"J": 1, "d": 256, "M": 1, "ranks": ((16, 256), (256, 16)), "block_size": 32},
+    ],
+    ids=["uneven", "per-head", "equal", "one-group", "head-256"],
+)
+def test_any_mix_of_chunks_equals_the_formula(shape, seed):
+    layer = Layer(**shape)
+    requests = [layer.inputs(length) for length in LENGTHS]
+    for found, request in zip(run_in_chunks(layer, requests, seed), requests, strict=True):
+        # Projections are float32 by contract, so 64 bits elsewhere leave its rounding alone.
+        torch.testing.assert_close(found.double(), layer.expected(*request), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_more_than_twice_that_of_plain_attention(dtype):
+    layer = Layer(dtype=dtype, ranks=((64, 64), (64, 64)))
+    request = layer.inputs(100)
+    expected = layer.expected(*request)
+    q, k, v = (x.transpose(0, 1)[None] for x in request)
+    heads = q.shape[1] // k.shape[1]
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1), is_causal=True, scale=SCALE
+    )[0].transpose(0, 1)
+    found = run_in_chunks(layer, [request], 0)[0]
+    floor = torch.finfo(dtype).eps
+    assert (found - expected).abs().mean() <= 2 * (plain - expected).abs().mean() + floor
+
+
+@pytest.mark.parametrize(("J", "fold_up"), [(1, False), (1, True), (2, False)])
+def test_folded_values_give_the_same_attention(J, fold_up):
+    shape = {"J": J, "d": 32, "ranks": ((32 * J, 16), (16, 32 * J))}
+    plain, folded = Layer(**shape), Layer(**shape, fold_down=True, fold_up=fold_up)
+    requests = [plain.inputs(length) for length in LENGTHS]
+    times_C = [(q, k, (v.view(len(v), plain.G, 1, -1) @ plain.C).view_as(v)) for q, k, v in requests]
+    for found, request in zip(run_in_chunks(folded, times_C, 0), requests, strict=True):
+        if fold_up:
+            by_group = found.view(len(found), plain.G, -1, plain.d)
+            found = torch.einsum("tgme,gef->tgmf", by_group, plain.D).reshape(found.shape)
+        torch.testing.assert_close(found, plain.expected(*request), atol=2e-5, rtol=2e-5)
+
+
+def test_only_the_regions_of_stored_tokens_are_written():
+    layer = Layer()
+    slots, tokens = torch.tensor([37, 5 * 16 + 3]), torch.tensor([0, 2])
+    project_and_store(*layer.inputs(4), layer.pages, layer.bases, slots, tokens)
+    written = layer.memory.isfinite()
+    assert int(written.sum()) == 2 * layer.layout.content_bytes // layer.block_size // layer.dtype.itemsize
+    assert written.any(1).nonzero()[:, 0].tolist() == [2, 5]
+    for page in layer.pages:
+        for view in (page.key, page.value):
+            assert view[2, :, 5].isfinite().all() and view[5, :, 3].isfinite().all()
+
+
+def test_caches_of_another_shape_are_refused():
+    layer = Layer()
+    with pytest.raises(ValueError, match="its pages should be"):
+        view_pages(layer.cache[..., :-1], layer.layout)
+    with pytest.raises(ValueError, match="not dense"):
+        view_pages(torch.empty(4, 1, layer.cache.shape[3], 16, dtype=layer.dtype).transpose(2, 3), layer.layout)
+
+
+def test_coordinates_of_few_bits_are_refused_by_name():
+    layout = PageLayout((((16, 4), (16, 0)),), 16, 2)
+    cache = torch.empty(4, 1, 16, layout.bytes_per_token // 2, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="4"):
+        view_pages(cache, layout)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter's files: what is written is read, and what is wrong is refused with file, key and mend."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from vllm_mkv.adapter import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    LayerBases,
+    choose_budget,
+    digest,
+    locate,
+)
+from vllm_mkv.allocation import AllocationPath, CacheShape
+from vllm_mkv.fingerprint import ModelFingerprint
+
+FINGERPRINT = ModelFingerprint(
+    architecture="LlamaForCausalLM",
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_size=16,
+    rope={"rope_theta": 10000.0, "rope_type": "default"},
+)
+GROUPS, WIDTH = 2, 32
+
+
+def random_adapter(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def pair():
+        A = rng.normal(size=(GROUPS, WIDTH, WIDTH)) + 4 * np.eye(WIDTH)
+        return A.astype(np.float32), np.linalg.inv(A).swapaxes(-1, -2).astype(np.float32)
+
+    bases = []
+    for _ in range(2):
+        (A, B), (C, Dt) = pair(), pair()
+        means = rng.normal(size=(2, GROUPS, WIDTH)).astype(np.float32)
+        bases.append(LayerBases(A, B, C, Dt.swapaxes(-1, -2), *means))
+    config = AdapterConfig(
+        base_model_name_or_path="some/model",
+        model=FINGERPRINT,
+        basis="query",
+        group_heads=2,
+        layers=[0, 1],
+        default_budget=0.5,
+        made={"seed": seed},
+        quality=[{"name": "stock", "perplexity": 3.5}],
+    )
+    return Adapter(config, tuple(bases), AllocationPath.uniform(CacheShape(2, GROUPS, WIDTH)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_adapter().save(tmp_path / "adapter", "a card")
+    return tmp_path / "adapter"
+
+
+def change_config(folder, **changes):
+    file = folder / CONFIG_FILE
+    config = json.loads(file.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del config[key]
+        else:
+            config[key] = value
+    file.write_text(json.dumps(config))
+
+
+def change_tensors(folder, change):
+    """Rewrites the tensors as someone would who also knows the checksum, so that the later checks are reached."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    change_config(folder, weights_sha256="")
+
+
+def test_what_is_written_is_read(folder):
+    written, read = random_adapter(), Adapter.load(folder)
+    assert read.config.model_copy(update={"weights_sha256": ""}) == written.config
+    for a, b in zip(read.bases, written.bases, strict=True):
+        for name in ("A", "B", "C", "D", "key_mean", "value_mean"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_array_equal(read.path.steps, written.path.steps)
+    assert read.shape == CacheShape(2, GROUPS, WIDTH)
+    assert (folder / CARD_FILE).read_text() == "a card"
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["adapter"]
+
+
+def test_the_digest_follows_the_content(folder, tmp_path):
+    random_adapter().save(tmp_path / "same", "another card")
+    random_adapter(1).save(tmp_path / "other", "a card")
+    assert digest(folder) == digest(tmp_path / "same") != digest(tmp_path / "other")
+
+
+def test_saving_replaces_an_adapter_and_nothing_else(folder, tmp_path):
+    random_adapter(1).save(folder, "newer")
+    assert Adapter.load(folder).config.made == {"seed": 1}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        random_adapter().save(tmp_path / "work", "")
+    with pytest.raises(ValueError, match="is a file"):
+        random_adapter().save(tmp_path / "work" / "thesis.tex", "")
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "precious"
+
+
+def test_an_interrupted_save_leaves_what_was_there(folder, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_mkv.adapter.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        random_adapter(1).save(folder.parent / "new", "")
+    assert sorted(file.name for file in folder.parent.iterdir()) == ["adapter"]
+
+
+CONFIG_MISTAKES = {
+    "no adapter of vllm-mkv": {"peft_type": "LORA"},
+    "format_version is 2 .* upgrade": {"format_version": 2},
+    "format_version is None": {"format_version": ...},
+    "key surprise: Extra inputs": {"surprise": 1},
+    "key r: Extra inputs": {"r": 16},
+    "key basis: Field required": {"basis": ...},
+    "key group_heads: ": {"group_heads": 0},
+    "group_heads 3 does not divide": {"group_heads": 3},
+    "key rank_step: ": {"rank_step": 8},
+    "key default_budget: ": {"default_budget": 1.5},
+    "key layers: ": {"layers": "all"},
+    "key model.architecture: Field required": {"model": {}},
+}
+
+
+@pytest.mark.parametrize("reason", CONFIG_MISTAKES)
+def test_a_wrong_configuration_is_refused(folder, reason):
+    change_config(folder, **CONFIG_MISTAKES[reason])
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE}.*{reason}"):
+        Adapter.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"x"'])
+def test_a_configuration_that_is_no_json_object_is_refused(folder, content):
+    (folder / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        Adapter.load(folder)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json.*vllm-mkv calibrate"):
+        Adapter.load(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        Adapter.load(tmp_path / "nowhere")
+
+
+def remove(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, change):
+    def apply(tensors):
+        tensors[name] = change(tensors[name].copy())
+
+    return apply
+
+
+def with_value(place, value):
+    def apply(tensor):
+        tensor[place] = value
+        return tensor
+
+    return apply
+
+
+TENSOR_MISTAKES = {
+    "tensor layers.1.key.B is missing": remove("layers.1.key.B"),
+    "tensor layers.0.value.mean is missing": remove("layers.0.value.mean"),
+    "tensor allocation.path is missing": remove("allocation.path"),
+    r"tensor layers.0.key.A is float32 \[1, 32, 32\], not float32 \[2, 32, 32\]": put(
+        "layers.0.key.A", lambda x: x[:1]
+    ),
+    "tensor layers.0.value.D is float16": put("layers.0.value.D", lambda x: x.astype(np.float16)),
+    "tensor layers.1.value.C is not finite": put("layers.1.value.C", with_value((1, 3, 4), np.nan)),
+    "tensor layers.1.key.mean is not finite": put("layers.1.key.mean", with_value((0, 0), np.inf)),
+    "layers.0.key.A and key.B are no inverse pair": put("layers.0.key.A", with_value((0, 5, 5), 9.0)),
+    "layers.1.value.C and value.D are no inverse pair": put("layers.1.value.D", lambda x: x.swapaxes(-1, -2).copy()),
+    "allocation.path: step 0 names block": put("allocation.path", with_value((0, 0), 2)),
+    "allocation.path: its shape is": put("allocation.path", lambda x: x[:, :4].copy()),
+}
+
+
+@pytest.mark.parametrize("reason", TENSOR_MISTAKES)
+def test_wrong_tensors_are_refused(folder, reason):
+    change_tensors(folder, TENSOR_MISTAKES[reason])
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}.*{reason}.*copy or make the adapter again"):
+        Adapter.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_truncated_file_is_refused(folder, size):
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[:size])
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE} cannot be read.*copy or make the adapter again"):
+        Adapter.load(folder)
+
+
+def test_a_missing_weights_file_is_refused(folder):
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE} cannot be read"):
+        Adapter.load(folder)
+
+
+def test_a_changed_file_is_refused(folder):
+    content = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    content[-100] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        Adapter.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "MistralForCausalLM"},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 16},
+        {"num_key_value_heads": 2},
+        {"head_size": 32},
+        {"rope": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_a_model_that_differs_is_refused_by_property(change):
+    adapter = random_adapter()
+    adapter.check_model(FINGERPRINT)
+    (key,) = change
+    with pytest.raises(ValueError, match=f"made for some/model.*{key} is .*vllm-mkv calibrate"):
+        adapter.check_model(FINGERPRINT.model_copy(update=change))
+
+
+def test_the_fingerprint_of_a_saved_model_equals_itself_as_json(tiny_model, architecture):
+    from transformers import AutoConfig
+
+    fingerprint = ModelFingerprint.of(AutoConfig.from_pretrained(tiny_model(architecture)))
+    assert ModelFingerprint.model_validate_json(fingerprint.model_dump_json()) == fingerprint
+    assert (fingerprint.num_hidden_layers, fingerprint.num_key_value_heads, fingerprint.head_size) == (3, 4, 32)
+    assert fingerprint.rope["rope_theta"] == 10000.0
+
+
+def test_locate_finds_folders_and_names_what_is_missing(folder, tmp_path):
+    assert locate(str(folder), None) == folder
+    model = tmp_path / "model"
+    model.mkdir()
+    with pytest.raises(ValueError, match=r"no adapter was named and .*model has no folder mkv.*calibrate"):
+        locate(None, str(model))
+    random_adapter().save(model / "mkv", "")
+    assert locate(None, str(model)) == model / "mkv"
+    with pytest.raises(ValueError, match="there is no adapter at"):
+        locate(str(tmp_path / "nowhere"), None)
+    with pytest.raises(ValueError, match="give a folder or a Hub repository"):
+        locate("", None)
+
+
+def test_the_default_budget_is_the_adapters():
+    config = random_adapter().config
+    assert choose_budget(None, config) == 0.5
+    assert choose_budget(1, config) == 1.0
+    with pytest.raises(ValueError, match="is not in"):
+        choose_budget(0, config)
+
+
+def test_a_uniform_path_goes_down_the_adapters_own_widths():
+    adapter = random_adapter()
+    assert adapter.uniform_path.widths == (16, 0)
+    (adapter.uniform_path.replay(0.5).ranks == WIDTH // 2).all()

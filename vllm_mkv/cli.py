@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vllm-mkv`. Neither torch nor vLLM is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vllm_mkv import __version__
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("vllm-mkv: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("vllm_mkv", "mkv_kernels"):
+            raise
+        return fail(f"{error.name} is not installed; install the tools: pip install 'vllm-mkv[fit]'")
+    except (ValueError, NotImplementedError, OSError, ImportError, SafetensorError) as error:
+        return fail(str(error) or type(error).__name__)
+
+
+def fail(message: str) -> int:
+    print(f"vllm-mkv: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="vllm-mkv", description="Prepare and inspect adapters for a projected KV cache.")
+    top.add_argument("--version", action="version", version=f"vllm-mkv {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_calibrate(commands)
+    _add_info(commands)
+    _add_check(commands)
+    return top
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "make an adapter for a model from text"
+    sub = commands.add_parser("calibrate", help=about, description=about)
+    sub.add_argument("model", metavar="MODEL", help="a folder or a Hub repository")
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="FILE|DATASET",
+        help="UTF-8 files, folders of .txt files, or datasets as NAME[:CONFIG[:SPLIT]]",
+    )
+    sub.add_argument("--tokens", type=int, default=100_000, metavar="N", help="to fit on (default: %(default)s)")
+    sub.add_argument("--basis", choices=("query", "pca"), default="query", help="(default: %(default)s)")
+    sub.add_argument(
+        "--group-heads",
+        type=int,
+        metavar="J",
+        help="KV heads that share a basis (default: the most whose query heads are 16 at most)",
+    )
+    sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write")
+    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
+    sub.add_argument(
+        "--eval-windows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="windows to measure quality on, none of which is fitted on; 0 for none (default: %(default)s)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    _add_model_options(sub)
+    sub.set_defaults(run=calibrate)
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "print what an adapter is, its bytes per token and its ranks"
+    sub = commands.add_parser("info", help=about, description=about)
+    sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
+    sub.add_argument("--budget", type=float, metavar="B", help="share of the own cache (default: the adapter's)")
+    sub.add_argument("--plot", metavar="FILE.png", help="draw the ranks as a heatmap")
+    sub.set_defaults(run=info)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "say whether an adapter fits a model and whether full rank is exact; no engine is started"
+    sub = commands.add_parser("check", help=about, description=about)
+    sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
+    sub.add_argument("model", metavar="MODEL", help="a folder or a Hub repository")
+    sub.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="random ones to compare on (default: %(default)s)"
+    )
+    _add_model_options(sub)
+    sub.set_defaults(run=check)
+
+
+def _add_model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. (default: %(default)s)")
+    sub.add_argument("--revision", help="of the model's Hub repository")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    from vllm_mkv.adapter import check_output
+
+    check_output(args.output)
+    from vllm_mkv.fit.calibrate import calibrate as make
+
+    adapter = make(
+        args.model,
+        args.text,
+        tokens=args.tokens,
+        output=args.output,
+        basis=args.basis,
+        group_heads=args.group_heads,
+        context=args.context,
+        eval_windows=args.eval_windows,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    from rich.console import Console
+
+    from vllm_mkv.evaluation.report import quality_rows
+
+    if adapter.config.quality:
+        Console().print(quality_rows(adapter.config.quality))
+    print(f"wrote {args.output}; serve it with:")
+    options = f'{{"mkv": {{"adapter": "{args.output}", "budget": {adapter.config.default_budget:g}}}}}'
+    print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'")
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    from vllm_mkv.adapter import locate
+    from vllm_mkv.evaluation.report import print_info
+
+    print_info(locate(args.adapter, None), args.budget, args.plot)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from vllm_mkv.adapter import Adapter, locate
+
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens} leaves nothing to compare on; use at least 1")
+    folder: Path = locate(args.adapter, None)
+    adapter = Adapter.load(folder)
+    from vllm_mkv.fit.check import TOLERANCE, full_rank_exactness, inverse_error
+    from vllm_mkv.fit.model import Source
+
+    source = Source(args.model, args.revision, args.trust_remote_code)
+    adapter.check_model(source.fingerprint)
+    print(f"fits: {args.model} has the attention that {folder} was made for")
+    print(f"inverse: bases and their inverses are off by {inverse_error(adapter):.1e} at most")
+    found = full_rank_exactness(source.load("float32", args.device), adapter, tokens=args.tokens)
+    print(
+        f"full rank: logits differ by {found.logit_difference:.1e} at most, of {found.logit_scale:.3g}; the most "
+        f"likely token is the same at {found.agreement:.1%} of {args.tokens} positions"
+    )
+    if not found.exact:
+        return fail(
+            f"full rank is not exact within {TOLERANCE:g} of the largest logit; make the adapter again for this model: "
+            f"vllm-mkv calibrate {args.model} --text FILE --output ADAPTER"
+        )
+    print("exact: full rank equals the model's own attention up to float32 rounding")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

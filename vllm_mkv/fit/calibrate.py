@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes an adapter for a model from text: statistics after RoPE, bases, a uniform allocation path, measured quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from vllm_mkv import __version__
+from vllm_mkv.adapter import Adapter, AdapterConfig, LayerBases, check_output
+from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
+from vllm_mkv.evaluation.card import model_card
+from vllm_mkv.evaluation.quality import measure
+from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.fit.attention import attention_layers, intercepted
+from vllm_mkv.fit.bases import BASES, output_metric
+from vllm_mkv.fit.data import batches, split_windows, token_windows
+from vllm_mkv.fit.model import Source, choose_group_heads
+from vllm_mkv.fit.statistics import Statistics
+
+TOKENS_PER_BATCH = 8192
+DEFAULT_CONTEXT = 1024
+DEFAULT_EVAL_WINDOWS = 16
+DEFAULT_BUDGET = 0.5
+MEASURED_BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
+
+
+def calibrate(
+    model: str,
+    text: Sequence[str],
+    *,
+    tokens: int,
+    output: str | Path,
+    basis: str = "query",
+    group_heads: int | None = None,
+    context: int | None = None,
+    eval_windows: int = DEFAULT_EVAL_WINDOWS,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Adapter:
+    """Makes an adapter and writes it to the folder `output`, whole or not at all.
+
+    Args:
+        model: a folder or a Hub repository.
+        text: files, folders or datasets; see `vllm_mkv.fit.data.token_windows`.
+        tokens: to collect statistics on, rounded to windows.
+        output: a folder that is new, empty or an adapter.
+        basis: "query" or "pca".
+        group_heads: J, KV heads per latent group; None for the largest whose query heads fit one tensor-core product.
+        context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
+        eval_windows: windows, none of them used for fitting, to measure quality on; 0 for none.
+        seed: of the choice of windows.
+        dtype, device: see `vllm_mkv.fit.model.Source.load`.
+        revision, trust_remote_code: of the model's Hub repository.
+
+    Raises:
+        ValueError: an argument or a text is wrong; says which and what to do.
+        NotImplementedError: the model's attention is of a kind that is not supported; names it.
+    """
+    if basis not in BASES:
+        raise ValueError(f"basis {basis!r} is not one of {', '.join(BASES)}")
+    if eval_windows < 0:
+        raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
+    check_output(output)
+    source = Source(model, revision, trust_remote_code)
+    fingerprint = source.fingerprint
+    group_heads = choose_group_heads(fingerprint, group_heads)
+    context = choose_context(source.config, context)
+    num_windows = round(tokens / context)
+    if num_windows < 1:
+        raise ValueError(f"{tokens} tokens are no window of {context}; use more --tokens or a shorter --context")
+    windows = token_windows(
+        text, source.tokenizer(), num_windows=num_windows + eval_windows, context=context, seed=seed
+    )
+    windows, held_out = split_windows(windows, eval_windows)
+    network = source.load(dtype, device)
+    bases = fit_bases(network, fingerprint, windows, basis=basis, group_heads=group_heads)
+    path = AllocationPath.uniform(cache_shape(fingerprint, group_heads))
+    config = AdapterConfig(
+        base_model_name_or_path=model,
+        revision=revision,
+        model=fingerprint,
+        basis=basis,
+        group_heads=group_heads,
+        layers=list(range(fingerprint.num_hidden_layers)),
+        default_budget=_reachable(path, DEFAULT_BUDGET),
+        made={
+            "by": f"vllm-mkv {__version__} calibrate",
+            "text": [str(name) for name in text],
+            "tokens": windows.size,
+            "context": context,
+            "seed": seed,
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+    )
+    adapter = Adapter(config, bases, path)
+    if eval_windows:
+        rows = measure(network, held_out, adapter, reachable_allocations(path, network.dtype.itemsize))
+        adapter = Adapter(config.model_copy(update={"quality": rows}), bases, path)
+    adapter.save(output, model_card(adapter.config))
+    return adapter
+
+
+@torch.inference_mode()
+def fit_bases(
+    model: PreTrainedModel, fingerprint: ModelFingerprint, windows: np.ndarray, *, basis: str, group_heads: int
+) -> tuple[LayerBases, ...]:
+    """Bases of every layer from the statistics of `windows`, int64 [windows, context]."""
+    layers = attention_layers(model)
+    heads, kv_heads, d = fingerprint.num_attention_heads, fingerprint.num_key_value_heads, fingerprint.head_size
+    metrics = {
+        layer: output_metric(module, heads, kv_heads, d) if basis == "query" else None
+        for layer, module in layers.items()
+    }
+    statistics = Statistics(group_heads)
+    progress = tqdm(total=windows.size, unit="tok", desc="statistics", disable=None)
+    with intercepted(model, statistics), progress:
+        for batch in batches(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])):
+            # Without the language modelling head: logits would take most of the memory.
+            model.base_model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
+            progress.update(batch.size)
+    bases = []
+    for layer in tqdm(layers, unit="layer", desc=f"{basis} bases", disable=None):
+        found = statistics.pop(layer)
+        found.check(layer)
+        bases.append(BASES[basis](found, metrics[layer]))
+    return tuple(bases)
+
+
+def cache_shape(fingerprint: ModelFingerprint, group_heads: int) -> CacheShape:
+    return CacheShape(
+        num_layers=fingerprint.num_hidden_layers,
+        num_groups=fingerprint.num_key_value_heads // group_heads,
+        group_width=group_heads * fingerprint.head_size,
+    )
+
+
+def choose_context(config: Any, context: int | None) -> int:
+    """Tokens per window. Raises ValueError where the model's positions do not reach that far."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if context is None:
+        return min(DEFAULT_CONTEXT, longest)
+    if context > longest:
+        raise ValueError(f"a context of {context} tokens is more than the model's {longest}; use a shorter --context")
+    return context
+
+
+def _reachable(path: AllocationPath, budget: float) -> float:
+    """`budget`, or 1 where the smallest ranks take more."""
+    try:
+        path.replay(budget)
+    except ValueError:
+        return 1.0
+    return budget
+
+
+def reachable_allocations(path: AllocationPath, itemsize: int) -> list[Allocation]:
+    """Allocations at those of `MEASURED_BUDGETS` that the path reaches."""
+    allocations = []
+    for budget in MEASURED_BUDGETS:
+        try:
+            allocations.append(path.replay(budget, itemsize=itemsize))
+        except ValueError:
+            break
+    return allocations

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of tokens from text: local UTF-8 files, folders of them, or datasets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIECE = 1 << 16
+"""Characters that are tokenised at once. Pieces of a file are drawn in random order."""
+SHUFFLE_BUFFER = 1000
+"""Rows of a streamed dataset among which the next one is drawn."""
+MIN_CONTEXT = 2
+
+
+def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, context: int, seed: int = 0) -> np.ndarray:
+    """Windows that do not overlap, drawn at random and in equal shares from every source as long as it lasts.
+
+    Args:
+        text: files, folders with .txt files, or datasets as `NAME[:CONFIG[:SPLIT]]`.
+        tokenizer: of the model. Where it begins a text with tokens of its own (BOS), so does every window.
+        num_windows: how many.
+        context: tokens per window.
+        seed: of the draw.
+
+    Returns:
+        int64 `[num_windows, context]`.
+
+    Raises:
+        ValueError: names the source that is missing, empty, not UTF-8 or shorter than a window, or says that all
+            together are too short.
+    """
+    if not text:
+        raise ValueError("no text to read; name a file, a folder or a dataset: --text FILE")
+    if context < MIN_CONTEXT:
+        raise ValueError(f"a context of {context} tokens has nothing to predict; use at least {MIN_CONTEXT}")
+    sources = [_windows(name, tokenizer, context, seed) for name in text]
+    turns = cycle(range(len(sources)))
+    live = dict(enumerate(sources))
+    windows: list[list[int]] = []
+    while live and len(windows) < num_windows:
+        turn = next(turns)
+        if turn in live:
+            found = next(live[turn], None)
+            if found is None:
+                del live[turn]
+            else:
+                windows.append(found)
+    if len(windows) < num_windows:
+        raise ValueError(
+            f"{', '.join(text)}: {len(windows)} windows of {context} tokens, and {num_windows} are needed; "
+            "add text, or use fewer tokens (--tokens), fewer --eval-windows or a shorter --context"
+        )
+    return np.array(windows, dtype=np.int64)
+
+
+def _windows(name: str, tokenizer: Any, context: int, seed: int) -> Iterator[list[int]]:
+    """Windows of one source. Raises ValueError at once where it cannot be read, and where it has not even one."""
+    documents = _documents(name, seed)
+    packed = _pack(documents, tokenizer, context)
+    first = next(packed, None)
+    if first is None:
+        raise ValueError(f"{name} is shorter than one window of {context} tokens; use more text or a shorter --context")
+    return _chain(first, packed)
+
+
+def _chain(first: list[int], rest: Iterator[list[int]]) -> Iterator[list[int]]:
+    yield first
+    yield from rest
+
+
+def _pack(documents: Iterator[str], tokenizer: Any, context: int) -> Iterator[list[int]]:
+    """Consecutive windows of the documents' tokens, an end-of-text token between documents."""
+    prefix = leading_tokens(tokenizer)
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    size = context - len(prefix)
+    pending: list[int] = []
+    for document in documents:
+        pending += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        full = len(pending) // size * size
+        for start in range(0, full, size):
+            yield prefix + pending[start : start + size]
+        pending = pending[full:] + separator
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text, such as BOS."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def _documents(name: str, seed: int) -> Iterator[str]:
+    path = Path(name).expanduser()
+    files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path] if path.exists() else []
+    if files:
+        pieces = [piece for file in files for piece in _pieces(read_text(file))]
+        random.Random(seed).shuffle(pieces)
+        return iter(pieces)
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in (".txt", ".md", ".text")):
+        raise ValueError(f"there is no file {name}; name a text file, a folder of .txt files or a dataset")
+    return _dataset(name, seed)
+
+
+def read_text(file: Path) -> str:
+    """Raises ValueError naming the file where it is unreadable, empty or not UTF-8."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}); convert it: iconv -f FROM -t UTF-8"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error}); name a readable text file") from error
+    if not text.strip():
+        raise ValueError(f"{file} is empty; name a file with text")
+    return text
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+
+
+def _dataset(name: str, seed: int) -> Iterator[str]:
+    """Texts of a dataset, `NAME[:CONFIG[:SPLIT]]`, streamed; the split is `train` unless named."""
+    import datasets
+
+    repository, config, split = (*name.split(":"), None, None)[:3]
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        first = next(iter(rows), None)
+    except Exception as error:  # `datasets` raises many unrelated types for a name that leads nowhere
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"there is no file {repository}, and no dataset of that name could be read ({reason}); name a text file, a "
+            "folder of .txt files or a dataset as NAME[:CONFIG[:SPLIT]]"
+        ) from error
+    if first is None:
+        raise ValueError(f"dataset {name} is empty; name one with rows")
+    column = text_column(name, first)
+    return (row[column] for row in rows if isinstance(row[column], str) and row[column].strip())
+
+
+def text_column(name: str, row: dict[str, Any]) -> str:
+    """Raises ValueError naming the columns where none is `text` and not exactly one holds strings."""
+    strings = [column for column, value in row.items() if isinstance(value, str)]
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        raise ValueError(f"dataset {name} has no column `text`, and its columns of strings are {strings}; name another")
+    return strings[0]
+
+
+def split_windows(windows: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows to fit on and the `held_out` last ones to measure on; none is in both."""
+    assert 0 <= held_out <= len(windows)
+    at = len(windows) - held_out
+    return windows[:at], windows[at:]
+
+
+def batches(windows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Consecutive `size` windows at a time."""
+    rows = iter(windows)
+    while chunk := list(islice(rows, size)):
+        yield np.stack(chunk)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading the model that an adapter is made for, and what of it is refused before its weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mkv_kernels.layout import BLOCK
+from vllm_mkv.fingerprint import ModelFingerprint
+
+MAX_QUERY_HEADS = 16
+"""Query heads per latent group that one tensor-core product holds; see design.md, section 2."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk or on the Hub.
+
+    Args:
+        name: a folder or a Hub repository.
+        revision: of the Hub repository.
+        trust_remote_code: whether to run code that the repository brings.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @cached_property
+    def config(self) -> Any:
+        """Raises NotImplementedError where attention is of a kind that a projected cache does not serve."""
+        config = AutoConfig.from_pretrained(self.name, **self._where)
+        refuse_config(config)
+        return config
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        return ModelFingerprint.of(self.config)
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.name, **self._where)
+
+    def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+        """The model, ready to evaluate.
+
+        Args:
+            dtype: one of `DTYPES`; auto is what the weights are stored in.
+            device: auto is cuda where there is one; else a torch device.
+
+        Raises:
+            ValueError: no such dtype or device.
+            NotImplementedError: the model is no decoder.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        device = choose_device(device)
+        _ = self.config
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, device_map=device, **self._where)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{self.name} is no decoder that transformers knows as a language model"
+            ) from error
+        return model.eval()
+
+
+def choose_device(name: str) -> str:
+    """A torch device. Raises ValueError where the machine has none of that name."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); use auto, cpu, cuda or cuda:N") from error
+    return name
+
+
+def refuse_config(config: Any) -> None:
+    """Raises NotImplementedError, naming the feature, for a configuration whose attention is not supported."""
+    text = config.get_text_config(decoder=True)
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{name} is an encoder-decoder model; a projected cache is for decoders")
+    if getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(f"{name} has multi-head latent attention (MLA), whose cache is already projected")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise NotImplementedError(f"{name} shares keys and values between layers, which is not supported yet")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    window, longest = (getattr(text, key, None) for key in ("sliding_window", "max_position_embeddings"))
+    if window and longest and window >= longest:
+        kinds.discard("sliding_attention")
+    if kinds:
+        raise NotImplementedError(
+            f"{name} has layers of kind {', '.join(sorted(kinds))}; only models whose every layer has full attention "
+            "are supported yet"
+        )
+
+
+def choose_group_heads(fingerprint: ModelFingerprint, group_heads: int | None) -> int:
+    """J, the KV heads per latent group: as asked for, or the largest whose query heads fit one tensor-core product.
+
+    Raises:
+        ValueError: J does not divide the KV heads, or its groups are no multiple of 16 coordinates wide.
+    """
+    heads = fingerprint.num_key_value_heads
+    divisors = [J for J in range(1, heads + 1) if heads % J == 0]
+    if group_heads is None:
+        queries = fingerprint.num_attention_heads // heads
+        group_heads = max((J for J in divisors if J * queries <= MAX_QUERY_HEADS), default=1)
+    if group_heads not in divisors:
+        raise ValueError(f"{group_heads} heads per group do not divide {heads} KV heads; use one of {divisors}")
+    width = group_heads * fingerprint.head_size
+    if width % BLOCK:
+        raise ValueError(
+            f"{group_heads} heads of {fingerprint.head_size} make latent groups of {width} coordinates, no multiple of "
+            f"{BLOCK}; use another number of heads per group (--group-heads)"
+        )
+    return group_heads
