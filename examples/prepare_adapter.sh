@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Make an adapter for a model of your own, look at it, and check it.
+#
+#     examples/prepare_adapter.sh MODEL TEXT ADAPTER [vllm-mkv calibrate options]
+#     examples/prepare_adapter.sh examples/books-4m my-text.txt my-adapter --tokens 20000
+#
+# MODEL and TEXT: a folder or file here, or a name on the Hub. ADAPTER: the folder to write.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+export PATH="$here/../.venv/bin:$PATH"
+
+if [ $# -lt 3 ]; then
+    sed -n '3,8s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+model=$1 text=$2 adapter=$3
+shift 3
+
+vllm-mkv calibrate "$model" --text "$text" --output "$adapter" "$@"
+vllm-mkv info "$adapter" --plot "$adapter/ranks.png"
+vllm-mkv check "$adapter" "$model"
