@@ -4,8 +4,9 @@
     python examples/train_tiny_model.py --text BOOKS_FOLDER STORIES.txt --valid-text HELD_OUT.txt \\
         --output examples/books-4m
 
-A tenth of the training windows repeat an earlier passage of the same window, so that the model learns to copy from
-afar; copy accuracy by distance is measured at the end. Stop it at any time; the same command resumes where it was.
+Three stages: text, of whose windows a tenth repeat an earlier passage; drills, in which random tokens are repeated and
+nothing but copying can foretell them; and both together, at distances up to the whole context. Copy accuracy by
+distance is measured at the end. Stop it at any time; the same command resumes where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +57,64 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarr
     return np.asarray(ids, dtype=np.int64)
 
 
-def draw_batch(stream: np.ndarray, batch: int, length: int, step: int, args: argparse.Namespace) -> torch.Tensor:
-    """`batch` windows of `length + 1` tokens; depends on seed and step alone, so that a resumed run is equal."""
-    random = np.random.default_rng([args.seed, step])
-    starts = random.integers(0, len(stream) - length - 1, batch)
+@dataclass(frozen=True)
+class Stage:
+    """Steps of one kind.
+
+    lengths: tokens per window as shares of the context, each for an equal part of the steps.
+    repeats: share of windows in which a passage of the text stands once more further on.
+    drills: share of windows that repeat a passage of random tokens to the end.
+    distances: of a drill's repetition, least and largest, as shares of the window.
+    """
+
+    name: str
+    steps: int
+    tokens_per_step: int
+    lengths: tuple[float, ...]
+    repeats: float
+    drills: float
+    lr: float
+    distances: tuple[float, float] = (0.25, 0.5)
+
+
+STAGES = (
+    Stage("text", 1300, 8192, (0.5,) * 7 + (1.0,) * 3, repeats=0.1, drills=0.0, lr=4e-3),
+    Stage("drills", 400, 2048, (1 / 16,), repeats=0.0, drills=1.0, lr=1e-3),
+    Stage("both", 300, 8192, (0.25, 0.5, 1.0), repeats=0.1, drills=0.1, lr=1.5e-3, distances=(1 / 16, 15 / 16)),
+)
+
+
+def draw_batch(
+    stream: np.ndarray, stage: Stage, step: int, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows `[batch, length + 1]` and the weights `[batch, length]` of their predictions.
+
+    The draw depends on seed, stage and step alone, so that a resumed run is equal.
+    """
+    random = np.random.default_rng([args.seed, step, STAGES.index(stage)])
+    length = round(args.context * stage.lengths[step * len(stage.lengths) // stage.steps])
+    starts = random.integers(0, len(stream) - length - 1, stage.tokens_per_step // length)
     windows = stream[starts[:, None] + np.arange(length + 1)]
-    for window in windows[random.random(batch) < args.repeats]:
-        span = int(random.integers(32, length // 3))
-        source = int(random.integers(0, length - 2 * span))
-        target = int(random.integers(source + span, length + 1 - span))
-        window[target : target + span] = window[source : source + span].copy()
-    return torch.from_numpy(windows)
+    weights = np.ones((len(windows), length), dtype=np.float32)
+    for row, kind in enumerate(random.random(len(windows))):
+        if kind < stage.drills:
+            least, largest = (int(share * length) for share in stage.distances)
+            distance = int(random.integers(least, largest + 1))
+            windows[row] = np.resize(random.integers(1, args.vocab_size, distance), length + 1)
+            weights[row, :distance] = 0  # nothing can foretell the passage itself
+        elif kind < stage.drills + stage.repeats:
+            span = int(random.integers(32, length // 3))
+            source = int(random.integers(0, length - 2 * span))
+            target = int(random.integers(source + span, length + 1 - span))
+            windows[row, target : target + span] = windows[row, source : source + span].copy()
+    return torch.from_numpy(windows), torch.from_numpy(weights)
 
 
-def loss_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, windows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+    losses = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return losses.mean() if weights is None else (losses * weights.flatten()).sum() / weights.sum()
 
 
 @torch.inference_mode()
@@ -101,50 +145,63 @@ def copy_accuracy(model: LlamaForCausalLM, stream: np.ndarray, length: int, span
     return {name: round(sum(values) / len(values), 3) for name, values in out.items()}
 
 
-def make_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace) -> list[float]:
-    """Windows are half as long for the first 70 % of the steps: the same tokens a step, less attention to pay for."""
-    optimizers = make_optimizers(model, args)
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 50, 1.0, (args.steps - s) / (0.6 * args.steps)))
-        for o in optimizers
-    ]
+def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Runs the stages that are not done yet, and returns the losses of each."""
     checkpoint = args.output / "checkpoint.pt"
-    state: dict[str, Any] = {"step": 0, "losses": []}
-    parts: list[Any] = [model, *optimizers, *schedulers]
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for part, saved in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {"losses": {}, "parts": []}
+    losses: dict[str, list[float]] = saved["losses"]
+    for stage in STAGES:
+        done = losses.setdefault(stage.name, [])
+        optimizers = make_optimizers(model, stage.lr)
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(o, partial(warm_up_and_decay, stage)) for o in optimizers]
+        parts: list[Any] = [model, *optimizers, *schedulers]
+        if 0 < len(done) < stage.steps or (done and stage is STAGES[-1]):
+            for part, state in zip(parts, saved["parts"], strict=True):
+                part.load_state_dict(state)
+        elif len(done) == stage.steps and saved["parts"]:
+            model.load_state_dict(saved["parts"][0])
+        run_stage(model, stream, stage, parts, losses, args)
+    return losses
+
+
+def warm_up_and_decay(stage: Stage, step: int) -> float:
+    return min((step + 1) / 50, 1.0, (stage.steps - step) / (0.6 * stage.steps))
+
+
+def run_stage(
+    model: LlamaForCausalLM,
+    stream: np.ndarray,
+    stage: Stage,
+    parts: list[Any],
+    losses: dict[str, list[float]],
+    args: argparse.Namespace,
+) -> None:
     model.train()
-    with tqdm(total=args.steps, initial=state["step"], desc="train") as progress:
-        for step in range(state["step"], args.steps):
-            length = args.context // 2 if step < 0.7 * args.steps else args.context
-            loss = loss_of(model, draw_batch(stream, args.tokens_per_step // length, length, step, args))
-            if not torch.isfinite(loss):
-                raise SystemExit(f"the loss is {loss.item()} at step {step}; lower --lr")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in parts[1:]:
-                part.step()
-            model.zero_grad()
-            state["losses"].append(round(loss.item(), 4))
-            progress.set_postfix(loss=f"{np.mean(state['losses'][-50:]):.3f}", refresh=False)
-            progress.update()
-            if (step + 1) % 200 == 0 or step + 1 == args.steps:
-                torch.save(
-                    {"step": step + 1, "losses": state["losses"], "parts": [p.state_dict() for p in parts]},
-                    checkpoint.with_suffix(".new"),
-                )
-                checkpoint.with_suffix(".new").rename(checkpoint)
-    return state["losses"]
+    done = losses[stage.name]
+    for step in tqdm(range(len(done), stage.steps), initial=len(done), total=stage.steps, desc=stage.name):
+        loss = loss_of(model, *draw_batch(stream, stage, step, args))
+        if not torch.isfinite(loss):
+            raise SystemExit(f"the loss is {loss.item()} at step {step} of {stage.name}; lower the stage's lr")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in parts[1:]:
+            part.step()
+        model.zero_grad()
+        done.append(round(loss.item(), 4))
+        if len(done) % 100 == 0 or len(done) == stage.steps:
+            checkpoint = args.output / "checkpoint.pt"
+            torch.save(
+                {"losses": losses, "parts": [part.state_dict() for part in parts]}, checkpoint.with_suffix(".new")
+            )
+            checkpoint.with_suffix(".new").rename(checkpoint)
 
 
 def parse_args() -> argparse.Namespace:
@@ -152,11 +209,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="text files, or folders of them")
     parser.add_argument("--valid-text", nargs="+", type=Path, help="held-out text to measure perplexity and copying on")
     parser.add_argument("--output", type=Path, required=True, help="folder for weights, tokenizer and report")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--repeats", type=float, default=0.1, help="share of windows that repeat an earlier passage")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -198,11 +251,14 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     report = {
         "parameters": model.num_parameters(),
-        "training_tokens": args.steps * args.tokens_per_step,
+        "training_tokens": sum(stage.steps * stage.tokens_per_step for stage in STAGES),
         "corpus_tokens": len(stream),
         "seconds": round(time.perf_counter() - start),
         "seed": args.seed,
-        "loss": [round(float(np.mean(losses[i : i + 50])), 3) for i in range(0, len(losses), 50)],
+        "loss": {
+            name: [round(float(np.mean(of[i : i + 50])), 3) for i in range(0, len(of), 50)]
+            for name, of in losses.items()
+        },
     }
     if args.valid_text:
         valid = encode(tokenizer, read_documents(args.valid_text))

@@ -127,6 +127,7 @@ class Adapter:
             (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
             (staging / CARD_FILE).write_text(card, "utf-8")
             staging.chmod(0o755)
+            (staging / WEIGHTS_FILE).chmod(0o644)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(staging, folder)
@@ -158,7 +159,7 @@ def read_config(folder: Path) -> AdapterConfig:
         raise ValueError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; {HOW_TO_MAKE_ONE}")
     try:
         raw = json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error}); copy or make the adapter again") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "MATRYOSHKA_KV":
         found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases from moments: nested in the rank, the first columns the most important. See design.md, section 2.
+"""Bases from moments: nested in the rank, the first columns the most important.
 
 Shapes: G latent groups, J heads per group, d head size, n = J d. All matrices come in and are computed in float64.
 """

@@ -14,7 +14,7 @@ from mkv_kernels.layout import BLOCK
 from vllm_mkv.fingerprint import ModelFingerprint
 
 MAX_QUERY_HEADS = 16
-"""Query heads per latent group that one tensor-core product holds; see design.md, section 2."""
+"""Query heads per latent group that one tensor-core product holds: a tile of its rows."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming moments of queries, keys and values after RoPE, in float64: memory depends on the model, not on the tokens.
 
-bf16 and float32 sums cancel where a few coordinates are large (see paper.md); float64 ones do not.
+bf16 and float32 sums cancel where a few coordinates are large; float64 ones do not.
 """
 
 from __future__ import annotations

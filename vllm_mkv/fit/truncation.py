@@ -5,7 +5,7 @@
     v^ = (v - value_mean) C[:, :rank] D[:rank] + value_mean
 
 The engine never rebuilds k^ or v^, but its scores and outputs are these: the keys' mean shifts all scores of a query
-alike, which softmax ignores, and a dropped value coordinate is its mean. See design.md, section 2.
+alike, which softmax ignores, and a dropped value coordinate is its mean.
 
 Shapes: B batch, G latent groups, J heads per group, S tokens, d head size, n = J d, r largest rank of the layer.
 """

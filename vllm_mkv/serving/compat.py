@@ -57,8 +57,26 @@ def register_backend() -> None:
             registry.logger.setLevel(level)
         # Pickled by name, a member made at run time is unknown to a process that has not loaded its plugins yet.
         # Removable when vLLM's processes load plugins before they unpickle their configuration.
-        registry.AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (restore_member, ())
+        members[NAME].__reduce_ex__ = lambda protocol: (restore_member, ())
+        _prepare_when_looked_up(type(registry.AttentionBackendEnum))
     _check_engine_configs()
+
+
+def _prepare_when_looked_up(enum_meta: Any) -> None:
+    """Whoever asks for the member by name wants MKV; what was not loaded when the plugin registered is there by then.
+
+    Private: wraps the enum's look-up by name. Removable together with `_check_engine_configs`.
+    """
+    original = enum_meta.__getitem__
+
+    def look_up(cls: Any, name: str) -> Any:
+        member = original(cls, name)
+        if name == NAME:
+            _check_engine_configs()
+            activate()
+        return member
+
+    enum_meta.__getitem__ = look_up
 
 
 def restore_member() -> Any:
@@ -71,7 +89,7 @@ def restore_member() -> Any:
 def mkv_member() -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    return AttentionBackendEnum[NAME]
+    return AttentionBackendEnum.__members__[NAME]
 
 
 def uses_mkv(vllm_config: VllmConfig) -> bool:
@@ -106,6 +124,10 @@ def _check_engine_configs() -> None:
                 print_without_traceback(error)
                 raise
             activate()
+        elif isinstance(vllm_config.additional_config, dict) and "mkv" in vllm_config.additional_config:
+            logging.getLogger("vllm.mkv").warning(
+                "--additional-config has options under mkv, which are ignored: give --attention-backend mkv"
+            )
         return vllm_config
 
     create_engine_config.mkv_original = original  # type: ignore[attr-defined]
@@ -117,13 +139,11 @@ def print_without_traceback(error: Exception) -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], raised: BaseException, traceback: Any) -> None:
-        chain: BaseException | None = raised
-        while chain is not None:
-            if chain is error:
-                print(f"vllm-mkv: error: {error}", file=sys.stderr)
-                return
-            chain = chain.__cause__ or chain.__context__
-        previous(kind, raised, traceback)
+        # Not what was raised while this one was handled: that is the user's own, and needs its traceback.
+        if raised is error:
+            print(f"vllm-mkv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            previous(kind, raised, traceback)
 
     sys.excepthook = hook
 

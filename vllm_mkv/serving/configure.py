@@ -28,8 +28,9 @@ def configure(vllm_config: VllmConfig) -> None:
     compat.check_vllm_version()
     refuse_unsupported(vllm_config)
     plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
-    assert isinstance(vllm_config.additional_config, dict)
-    vllm_config.additional_config.setdefault("mkv", {})["digest"] = plan.digest
+    # New dictionaries: the user may start other engines with the ones that were given.
+    given = vllm_config.additional_config
+    vllm_config.additional_config = {**given, "mkv": {**given.get("mkv", {}), "digest": plan.digest}}
     logger.info("%s", plan.describe())
 
 
@@ -48,22 +49,38 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
     other = "serve this model with another backend"
     quantised = "leave --kv-cache-dtype at auto: MKV's budget is what makes the cache smaller"
     speculative = vllm_config.speculative_config
+    attention = vllm_config.attention_config
+    mkv = compat.mkv_member()
+    # vLLM looks a layer's kind up first; MKV for kinds that no layer here is of would serve nothing.
+    mkv_serves_layers = attention.backend_per_kind.get("full_attention", attention.backend) is mkv
     own_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
     layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
     found = [
         (model.use_mla, "an MLA model", "MLA's cache is a latent one already; " + other),
         (model.is_encoder_decoder, "an encoder-decoder model", other),
         (model.runner_type != "generate", f"--runner {model.runner_type}", "MKV serves generating models"),
-        (getattr(text, "alibi", False) or model.architecture in ALIBI_ARCHITECTURES, "ALiBi", other),
+        (model.uses_alibi or model.architecture in ALIBI_ARCHITECTURES, "ALiBi", other),
         (bool(getattr(text, "attn_logit_softcapping", None)), "a soft-cap of attention scores", other),
         (
-            model.get_sliding_window() is not None or "sliding_attention" in layer_types,
+            model.get_sliding_window() is not None
+            or ("sliding_attention" in layer_types and not model.disable_sliding_window),
             "a sliding window",
             "where the window is not needed, switch it off with --disable-sliding-window; otherwise " + other,
         ),
-        (bool(layer_types - {"full_attention", "sliding_attention"}), f"layers of kinds {sorted(layer_types)}", other),
+        (
+            bool(layer_types - FULL_ATTENTION - {"sliding_attention"}) or model.is_hybrid or model.is_attention_free,
+            f"a model with layers of kinds {', '.join(sorted(layer_types))}",
+            other,
+        ),
         (model.architecture in SINK_ARCHITECTURES, "attention sinks", other),
+        (
+            model.is_diffusion or model.is_mm_prefix_lm or attention.use_non_causal,
+            "attention that is not causal",
+            other,
+        ),
         (cache.cache_dtype not in own_dtypes, f"--kv-cache-dtype {cache.cache_dtype}", quantised),
+        # It brings a KV connector of its own, so it is named first.
+        (cache.kv_offloading_size is not None, "KV offloading", "remove --kv-offloading-size"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "remove --kv-transfer-config"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -76,22 +93,24 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
             "use the method ngram, which needs no draft model",
         ),
         (
-            set(vllm_config.attention_config.backend_per_kind.values()) - {compat.mkv_member()} != set(),
-            "mixing MKV with other attention backends (backend_per_kind)",
+            not mkv_serves_layers or bool(set(attention.backend_per_kind.values()) - {mkv}),
+            f"MKV beside other attention backends ({backends_by_kind(vllm_config)})",
             "give --attention-backend mkv alone",
         ),
-        (vllm_config.parallel_config.enable_dbo, "dual batch overlap", "remove --enable-dbo"),
-        (
-            getattr(vllm_config.offload_config, "kv_offloading", None) is not None
-            or getattr(cache, "kv_offloading_size", None) is not None,
-            "KV offloading",
-            "remove --kv-offloading-size",
-        ),
+        (parallel.enable_dbo, "dual batch overlap", "remove --enable-dbo"),
     ]
     return [(feature, alternative) for present, feature, alternative in found if present]
 
 
-ALIBI_ARCHITECTURES = frozenset({"BloomForCausalLM", "MPTForCausalLM", "MptForCausalLM", "BaichuanForCausalLM"})
-"""Architectures whose configuration does not tell that they bias scores by distance; the impl refuses the rest."""
+def backends_by_kind(vllm_config: VllmConfig) -> str:
+    attention = vllm_config.attention_config
+    named = {kind: backend.name for kind, backend in attention.backend_per_kind.items()}
+    return f"backend {attention.backend.name if attention.backend else 'auto'}, backend_per_kind {named}"
+
+
+ALIBI_ARCHITECTURES = frozenset({"Step1ForCausalLM"})
+"""Beside those that vLLM's ModelConfig.uses_alibi knows. The impl's constructor refuses the rest."""
 SINK_ARCHITECTURES = frozenset({"GptOssForCausalLM"})
+"""The impl's constructor refuses the rest."""
+FULL_ATTENTION = frozenset({"full_attention", "attention"})
 MODEL_FREE_SPECULATION = frozenset({"ngram", "ngram_gpu", "suffix"})

@@ -73,7 +73,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     layers = {
         name: layer
         for name, layer in compat.attention_layers(vllm_config).items()
-        if isinstance(layer.impl, MKVAttentionImpl) and name in modules
+        if isinstance(layer.impl, MKVAttentionImpl)
     }
     if not layers:  # a model with another backend, in a process that has also served with MKV
         return

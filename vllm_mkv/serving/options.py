@@ -33,10 +33,17 @@ class MKVOptions(BaseModel):
     def of(cls, vllm_config: VllmConfig) -> MKVOptions:
         """Raises ValueError naming the option and the mend."""
         additional = vllm_config.additional_config
-        raw = additional.get("mkv", {}) if isinstance(additional, dict) else {}
+        if not isinstance(additional, dict):
+            raise ValueError(f"--additional-config is a {type(additional).__name__}; give an object with the key mkv")
+        raw = additional.get("mkv", {})
         known = ", ".join(name for name in cls.model_fields if name != "digest")
         if not isinstance(raw, dict):
             raise ValueError(f'--additional-config: "mkv" is {raw!r}; give an object with some of: {known}')
+        for name in ("adapter", "budget", "allocation"):
+            if name in additional:
+                raise ValueError(
+                    f'--additional-config: {name!r} is beside "mkv"; put it inside: {{"mkv": {{"{name}": ...}}}}'
+                )
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
@@ -44,4 +51,7 @@ class MKVOptions(BaseModel):
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise ValueError(f"--additional-config: unknown mkv option {name!r}; known are: {known}") from error
-            raise ValueError(f"--additional-config: mkv option {name!r}: {first['msg']}") from error
+            raise ValueError(
+                f"--additional-config: mkv option {name!r} is {first['input']!r}; "
+                f"{first['msg'].replace('Input should be', 'it should be')}"
+            ) from error

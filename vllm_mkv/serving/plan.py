@@ -39,16 +39,18 @@ class ServingPlan:
         """
         model = vllm_config.model_config
         folder = locate(options.adapter, model.model, options.revision, model.revision)
-        found = digest(folder) if (folder / "adapter_config.json").is_file() else ""
+        adapter = Adapter.load(folder)
+        found = digest(folder)
         if options.digest not in (None, found):
             raise ValueError(f"the adapter in {folder} changed while vLLM was starting; start again")
-        adapter = Adapter.load(folder)
         adapter.check_model(ModelFingerprint.of(model.hf_config))
+        _check_layers(adapter, folder, may_lack_some=model.has_noops)
         budget = choose_budget(options.budget, adapter.config)
         path = adapter.path if options.allocation == "path" else adapter.uniform_path
         block_size = vllm_config.cache_config.block_size or DEFAULT_BLOCK_SIZE
         itemsize = model.dtype.itemsize
         num_shards = vllm_config.parallel_config.tensor_parallel_size
+        _check_groups(adapter, num_shards)
         allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
         return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards)
 
@@ -81,4 +83,28 @@ class ServingPlan:
             f"{used} bytes per token in place of {round(used / reached)}"
             + (f" ({waste} of them padding)" if waste else "")
             + f", {1 / reached:.2f} times the tokens in the same memory"
+        )
+
+
+def _check_layers(adapter: Adapter, folder: Path, *, may_lack_some: bool) -> None:
+    """Raises ValueError unless the adapter has bases for every layer of the model, once."""
+    layers, expected = adapter.config.layers, set(range(adapter.config.model.num_hidden_layers))
+    complete = expected <= set(layers) or may_lack_some
+    if len(set(layers)) != len(layers) or not expected >= set(layers) or not complete:
+        raise ValueError(
+            f"{folder}/adapter_config.json: layers {layers} are not the model's layers 0 to {max(expected)}; "
+            "make the adapter again"
+        )
+
+
+def _check_groups(adapter: Adapter, num_shards: int) -> None:
+    """Raises ValueError unless every tensor-parallel rank has whole latent groups."""
+    # vLLM gives every rank one KV head at least, and repeats heads where ranks outnumber them.
+    num_heads = adapter.config.model.num_key_value_heads
+    group_heads, per_shard = adapter.config.group_heads, max(1, num_heads // num_shards)
+    if per_shard % group_heads:
+        raise ValueError(
+            f"the adapter's latent groups of {group_heads} KV heads do not fit the {per_shard} KV heads of a "
+            f"tensor-parallel rank; use a smaller --tensor-parallel-size than {num_shards}, or make an adapter with "
+            f"fewer heads per group (vllm-mkv calibrate MODEL --text FILE --output ADAPTER --group-heads {per_shard})"
         )

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM can do and MKV cannot is refused by name before weights are loaded, and nothing else is refused.
+
+The models of the refusals are configurations without weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMON = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 300,
+}
+MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "deepseek": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        **MLA,
+    },
+    "bloom": {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2, "n_head": 4},
+    "falcon-alibi": {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "alibi": True},
+    "falcon": {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "alibi": False},
+    "mpt": {"architectures": ["MPTForCausalLM"], "model_type": "mpt", "attn_config": {"alibi": True}},
+    "gpt-oss": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 32, **EXPERTS, **FULL},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "head_dim": 32,
+        "attn_logit_softcapping": 50.0,
+        **FULL,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mistral-window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
+    "qwen2-window": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 64,
+        "max_window_layers": 1,
+    },
+    "qwen2-unused-window": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 64,
+    },
+    "llama4": {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "head_dim": 32,
+        "intermediate_size_mlp": 128,
+        **EXPERTS,
+    },
+    "jamba": {
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "num_experts": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
+    "mamba": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+    "bert": {"architectures": ["BertModel"], "model_type": "bert"},
+    "whisper": {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def configured_model(tmp_path_factory) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(COMMON | {"dtype": "float32"} | MODELS[name]), "utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plugins_loaded() -> None:
+    """As on the command line; vLLM reads an AttentionConfig that names a plugin's backend no earlier."""
+    from vllm.engine.arg_utils import load_general_plugins
+
+    load_general_plugins()
+
+
+@pytest.fixture(autouse=True)
+def inspected_here(monkeypatch) -> None:
+    """vLLM looks at a model's class in a process of its own, which takes half a minute on a busy machine."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+
+
+@pytest.fixture
+def start(configured_model) -> Callable[..., Any]:
+    """`start(model, **engine arguments)`: what every engine does before anything else, in the user's own process."""
+
+    def create(model: str = "llama", **arguments: Any) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        settings = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64, "attention_backend": "mkv"}
+        return EngineArgs(model=str(configured_model(model)), **(settings | arguments)).create_engine_config()
+
+    return create
+
+
+@pytest.fixture
+def refused(start) -> Callable[..., None]:
+    """`refused(feature, alternative, model, **engine arguments)`: NotImplementedError that names both, in one line."""
+
+    def check(feature: str, alternative: str, *args: Any, **arguments: Any) -> None:
+        with pytest.raises(NotImplementedError) as caught:
+            start(*args, **arguments)
+        message = str(caught.value)
+        assert message.startswith(f"{feature} is not supported with --attention-backend mkv; "), message
+        assert alternative in message and "\n" not in message, message
+
+    return check
+
+
+@pytest.fixture
+def passes(start, monkeypatch) -> Callable[..., Any]:
+    """`passes(model, **engine arguments)`: nothing is refused. The model has no adapter, which comes after."""
+
+    def check(*args: Any, **arguments: Any) -> Any:
+        from vllm_mkv.serving import configure
+
+        seen = []
+        monkeypatch.setattr(configure.ServingPlan, "make", lambda config, options: seen.append(config) or NO_PLAN)
+        start(*args, **arguments)
+        assert len(seen) == 1
+        return seen[0]
+
+    return check
+
+
+class NoPlan:
+    digest = "0123"
+
+    def describe(self) -> str:
+        return "no plan"
+
+
+NO_PLAN = NoPlan()
+
+OTHER = "serve this model with another backend"
+
+# --- models
+
+
+@pytest.mark.parametrize(
+    ("model", "feature"),
+    [
+        ("deepseek", "an MLA model"),
+        ("bloom", "ALiBi"),
+        ("falcon-alibi", "ALiBi"),
+        ("gpt-oss", "attention sinks"),
+        ("gemma2", "a soft-cap of attention scores"),
+        ("llama4", "a model with layers of kinds chunked_attention"),
+        ("jamba", "a model with layers of kinds full_attention, linear_attention"),
+        ("mamba", "a model with layers of kinds linear_attention"),
+        ("whisper", "an encoder-decoder model"),
+    ],
+)
+def test_attention_of_another_kind(refused, model, feature):
+    refused(feature, OTHER, model)
+
+
+@pytest.mark.parametrize("model", ["mistral-window", "qwen2-window", "gemma3"])
+def test_sliding_windows(refused, passes, model):
+    refused("a sliding window", "--disable-sliding-window", model)
+    # The mend that the message names is one: contexts end where the window does.
+    config = passes(model, disable_sliding_window=True, max_model_len=None)
+    assert config.model_config.max_model_len == 64
+
+
+@pytest.mark.parametrize("model", ["falcon", "qwen2-unused-window"])
+def test_a_feature_that_the_model_does_not_use(passes, model):
+    passes(model)
+
+
+def test_encoders(refused):
+    refused("--runner pooling", "MKV serves generating models", "bert")
+    refused("--runner pooling", "MKV serves generating models", "llama", runner="pooling")
+
+
+def test_models_that_vllm_itself_no_longer_serves(start):
+    # MPT biases by distance; ModelConfig.uses_alibi knows it, should it come back.
+    with pytest.raises(ValueError, match="MPTForCausalLM was supported in vLLM until"):
+        start("mpt")
+
+
+def test_attention_that_is_not_causal(refused, start, monkeypatch):
+    from vllm.config import AttentionConfig, ModelConfig
+
+    arguments = {"attention_backend": None, "attention_config": AttentionConfig(backend="mkv", use_non_causal=True)}
+    refused("attention that is not causal", OTHER, **arguments)
+    # Text diffusion, on CPU, is vLLM's to refuse first.
+    with pytest.raises(ValueError, match="does not support: diffusion models"):
+        start(hf_overrides={"canvas_length": 8})
+    assert "is_mm_prefix_lm" in vars(ModelConfig)
+    monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", True)
+    refused("attention that is not causal", OTHER)
+
+
+# --- engine arguments
+
+
+@pytest.mark.parametrize(
+    "dtype", ["fp8", "fp8_e5m2", "int8_per_token_head", "int4_per_token_head", "turboquant_4bit_nc", "float16"]
+)
+def test_other_cache_dtypes(refused, dtype):
+    refused(f"--kv-cache-dtype {dtype}", "leave --kv-cache-dtype at auto", kv_cache_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_models_own_cache_dtype(passes, dtype):
+    passes(kv_cache_dtype=dtype, dtype=dtype)
+
+
+def test_kv_connectors(refused, start):
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    refused("a KV connector", "remove --kv-transfer-config", kv_transfer_config=connector)
+    # One that vLLM does not know is its own to refuse.
+    unknown = KVTransferConfig(kv_connector="NoSuchConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match="Unsupported connector type: NoSuchConnector"):
+        start(kv_transfer_config=unknown)
+
+
+def test_kv_offloading(refused):
+    refused("KV offloading", "remove --kv-offloading-size", kv_offloading_size=1.0)
+
+
+def test_context_parallelism(refused, start):
+    ranks = {"decode_context_parallel_size": 2}
+    refused("context parallelism", "use --tensor-parallel-size", tensor_parallel_size=4, **ranks)
+    # Where ranks do not outnumber KV heads, vLLM refuses it first; and on CPU that of prefill, always.
+    with pytest.raises(ValueError, match="to be greater than the model's total number of KV heads"):
+        start(tensor_parallel_size=2, **ranks)
+    with pytest.raises(ValueError, match="does not support: prefill context parallel"):
+        start(prefill_context_parallel_size=2)
+
+
+def test_speculation_with_a_draft_model(refused, configured_model):
+    draft = {"method": "draft_model", "model": str(configured_model("llama")), "num_speculative_tokens": 2}
+    refused("speculative decoding with draft_model", "the method ngram", speculative_config=draft)
+
+
+def test_speculation_without_one(passes):
+    config = passes(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
+    assert config.speculative_config.method == "ngram"
+
+
+def kinds(backend: str | None = None, **by_kind: str) -> dict[str, Any]:
+    from vllm.config import AttentionConfig
+
+    return {"attention_backend": backend, "attention_config": AttentionConfig(backend_per_kind=by_kind)}
+
+
+@pytest.mark.parametrize(
+    "backends",
+    [
+        ("mkv", {"full_attention": "CPU_ATTN"}),
+        ("mkv", {"sliding_window": "TRITON_ATTN"}),
+        (None, {"full_attention": "mkv", "sliding_window": "TRITON_ATTN"}),
+        (None, {"sliding_window": "mkv"}),
+    ],
+    ids=["shadowed", "beside", "one of two", "for layers that the model has not"],
+)
+def test_mkv_for_some_layers(start, backends):
+    backend, by_kind = backends
+    with pytest.raises(
+        NotImplementedError, match=r"MKV beside other attention backends .*--attention-backend mkv alone"
+    ):
+        start(**kinds(backend, **by_kind))
+
+
+def test_mkv_by_kind_for_all_layers(passes):
+    passes(**kinds(full_attention="mkv"))
+    passes(**kinds("CPU_ATTN", full_attention="mkv"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"tensor_parallel_size": 2}, {"enable_lora": True}, {"model_impl": "transformers"}]
+)
+def test_arguments_that_are_served(passes, arguments):
+    passes(**arguments)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3.0", "1.0", "0.320.0", "dev"])
+def test_other_versions_of_vllm(start, monkeypatch, version):
+    from vllm_mkv.serving import compat
+
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    with pytest.raises(NotImplementedError, match=f"vLLM {version} is not supported .*install vLLM 0.32 or 0.33"):
+        start()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+gabc", "0.33.0"])
+def test_supported_versions_of_vllm(passes, monkeypatch, version):
+    from vllm_mkv.serving import compat
+
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    passes()
+
+
+# --- what is served
+
+
+def test_every_architecture_passes(architecture, tiny_model, make_adapter, start):
+    from transformers import AutoConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_mkv.fingerprint import ModelFingerprint
+
+    model = tiny_model(architecture)
+    mkv = {"adapter": str(make_adapter(model)), "budget": 0.5}
+    config = EngineArgs(
+        model=str(model), attention_backend="mkv", max_model_len=256, additional_config={"mkv": mkv}
+    ).create_engine_config()
+    assert len(config.additional_config["mkv"]["digest"]) == 16
+    fingerprint = ModelFingerprint.of(config.model_config.hf_config)
+    assert fingerprint == ModelFingerprint.of(AutoConfig.from_pretrained(model))
+    assert fingerprint.head_size == config.model_config.get_head_size() == 32
+    assert fingerprint.num_key_value_heads == config.model_config.get_total_num_kv_heads() == 4
+
+
+RANK = 8
+
+
+def save_lora(folder: Path, *, num_layers: int = 3, hidden: int = 256, heads: int = 8, kv_heads: int = 4) -> Path:
+    """A LoRA on all projections of a tiny Llama's attention, as PEFT writes one."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    outputs = {"q_proj": heads * 32, "k_proj": kv_heads * 32, "v_proj": kv_heads * 32, "o_proj": hidden}
+    tensors = {}
+    for layer in range(num_layers):
+        for name, width in outputs.items():
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{place}.lora_A.weight"] = 0.05 * torch.randn(RANK, hidden, generator=generator)
+            tensors[f"{place}.lora_B.weight"] = 0.05 * torch.randn(width, RANK, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted(outputs), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("group_heads", [1, 2])
+def test_lora_is_applied_at_run_time(group_heads, start_engine, serving, tiny_model, make_adapter, tmp_path):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    model, adapter = tiny_model("llama"), None
+    prompts = serving.random_prompts((5, 17, 64))
+    lora = LoRARequest("a-lora", 1, str(save_lora(tmp_path / "lora")))
+    parameters = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+    def tokens(engine: Any, request: Any) -> list[tuple[int, ...]]:
+        outputs = engine.generate(prompts, parameters, lora_request=request, use_tqdm=False)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    found = []
+    for adapter in (None, make_adapter(model, group_heads=group_heads)):
+        engine = start_engine(model, adapter, enable_lora=True, max_lora_rank=RANK)
+        found.append((tokens(engine, lora), tokens(engine, None)))
+    stock, mkv = found
+    assert stock[0] != stock[1]
+    assert mkv == stock
+
+
+def test_a_lora_is_no_adapter(tiny_model, tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    mkv = {"adapter": str(save_lora(tmp_path / "lora"))}
+    arguments = EngineArgs(
+        model=str(tiny_model("llama")), attention_backend="mkv", max_model_len=256, additional_config={"mkv": mkv}
+    )
+    with pytest.raises(ValueError, match="peft_type is 'LORA'"):
+        arguments.create_engine_config()
+
+
+@pytest.mark.engine
+def test_models_through_transformers(start_engine, serving, tiny_model, make_adapter):
+    model = tiny_model("llama")
+    prompts = serving.random_prompts((5, 17, 64))
+    adapter = make_adapter(model, group_heads=2)
+    expected = serving.greedy(start_engine(model), prompts, 24)
+    assert serving.greedy(start_engine(model, adapter, model_impl="transformers"), prompts, 24) == expected
