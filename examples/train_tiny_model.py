@@ -4,9 +4,10 @@
     python examples/train_tiny_model.py --text BOOKS_FOLDER STORIES.txt --valid-text HELD_OUT.txt \\
         --output examples/books-4m
 
-Three stages: text, of whose windows a tenth repeat an earlier passage; drills, in which random tokens are repeated and
-nothing but copying can foretell them; and both together, at distances up to the whole context. Copy accuracy by
-distance is measured at the end. Stop it at any time; the same command resumes where it was.
+Four stages: text, of whose windows a tenth repeat an earlier passage; drills, in which random tokens are repeated and
+nothing but copying can foretell them; both together, at distances up to the whole context; and text in which passages
+of text or of random tokens stand twice. Copy accuracy by distance is measured at last. Stop it at any time; the same
+command resumes where it was.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Stage:
     lengths: tokens per window as shares of the context, each for an equal part of the steps.
     repeats: share of windows in which a passage of the text stands once more further on.
     drills: share of windows that repeat a passage of random tokens to the end.
+    islands: share of windows of text in which a passage of random tokens stands, and once more further on.
     distances: of a drill's repetition, least and largest, as shares of the window.
     """
 
@@ -74,6 +76,7 @@ class Stage:
     repeats: float
     drills: float
     lr: float
+    islands: float = 0.0
     distances: tuple[float, float] = (0.25, 0.5)
 
 
@@ -81,6 +84,7 @@ STAGES = (
     Stage("text", 1300, 8192, (0.5,) * 7 + (1.0,) * 3, repeats=0.1, drills=0.0, lr=4e-3),
     Stage("drills", 400, 2048, (1 / 16,), repeats=0.0, drills=1.0, lr=1e-3),
     Stage("both", 300, 8192, (0.25, 0.5, 1.0), repeats=0.1, drills=0.1, lr=1.5e-3, distances=(1 / 16, 15 / 16)),
+    Stage("passages", 120, 8192, (0.25, 0.5, 1.0), repeats=0.1, drills=0.05, lr=1e-3, islands=0.2),
 )
 
 
@@ -102,10 +106,13 @@ def draw_batch(
             distance = int(random.integers(least, largest + 1))
             windows[row] = np.resize(random.integers(1, args.vocab_size, distance), length + 1)
             weights[row, :distance] = 0  # nothing can foretell the passage itself
-        elif kind < stage.drills + stage.repeats:
+        elif kind < stage.drills + stage.islands + stage.repeats:
             span = int(random.integers(32, length // 3))
             source = int(random.integers(0, length - 2 * span))
             target = int(random.integers(source + span, length + 1 - span))
+            if kind < stage.drills + stage.islands:
+                windows[row, source : source + span] = random.integers(1, args.vocab_size, span)
+                weights[row, max(source - 1, 0) : source + span - 1] = 0
             windows[row, target : target + span] = windows[row, source : source + span].copy()
     return torch.from_numpy(windows), torch.from_numpy(weights)
 
@@ -125,24 +132,33 @@ def perplexity(model: LlamaForCausalLM, stream: np.ndarray, length: int) -> floa
 
 
 @torch.inference_mode()
-def copy_accuracy(model: LlamaForCausalLM, stream: np.ndarray, length: int, span: int = 32) -> dict[str, float]:
-    """Share of tokens guessed right in a passage, when new and when it stands `distance` tokens earlier too."""
+def copy_accuracy(
+    model: LlamaForCausalLM, stream: np.ndarray, length: int, span: int = 32
+) -> dict[str, dict[str, float]]:
+    """Share of tokens guessed right in a passage that is new, and in one that stands `distance` tokens earlier too.
+
+    Passages of the text, which a model may foretell without copying, and of random tokens, which it cannot.
+    """
     random = np.random.default_rng(0)
-    out: dict[str, list[float]] = {"new": []}
-    for distance in COPY_DISTANCES:
-        if distance + span > length:
-            continue
-        starts = random.integers(0, len(stream) - length - 1, 32)
-        windows = torch.from_numpy(stream[starts[:, None] + np.arange(length + 1)])
-        first = length - span - distance
-        source, target = slice(first, first + span), slice(first + distance, first + distance + span)
-        windows[:, target] = windows[:, source]
-        with torch.autocast("cpu", torch.bfloat16):
-            hits = model(input_ids=windows[:, :-1], use_cache=False).logits.argmax(-1) == windows[:, 1:]
-        # The first tokens of a passage cannot be known to be a repetition: count from its fifth.
-        out["new"].append(hits[:, max(first + 4, 0) : first + span - 1].float().mean().item())
-        out[str(distance)] = [hits[:, target][:, 4:-1].float().mean().item()]
-    return {name: round(sum(values) / len(values), 3) for name, values in out.items()}
+    out: dict[str, dict[str, float]] = {}
+    for kind in ("text", "random"):
+        new: list[float] = []
+        out[kind] = {}
+        for distance in (d for d in COPY_DISTANCES if d + span <= length):
+            windows = stream[random.integers(0, len(stream) - length - 1, 32)[:, None] + np.arange(length + 1)]
+            first = length - span - distance
+            source, target = slice(first, first + span), slice(first + distance, first + distance + span)
+            if kind == "random":
+                windows[:, source] = random.integers(1, model.config.vocab_size, (32, span))
+            windows[:, target] = windows[:, source]
+            with torch.autocast("cpu", torch.bfloat16):
+                guesses = model(input_ids=torch.from_numpy(windows[:, :-1]), use_cache=False).logits.argmax(-1)
+            hits = (guesses == torch.from_numpy(windows[:, 1:])).float()
+            # The first tokens of a passage cannot be known to be a repetition: count from its fifth.
+            new.append(hits[:, first + 4 : first + span - 1].mean().item())
+            out[kind][str(distance)] = round(hits[:, target][:, 4:-1].mean().item(), 3)
+        out[kind]["new"] = round(sum(new) / len(new), 3)
+    return out
 
 
 def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
