@@ -219,4 +219,5 @@ def check_budget(budget: object) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"budget {budget!r} is not a number; give a share of the model's own cache such as 0.5")
     if not 0 < budget <= 1:
-        raise ValueError(f"budget {budget} is not in (0, 1]; give a share of the model's own cache such as 0.5")
+        shown = f"{budget:g}" if isinstance(budget, float) else budget
+        raise ValueError(f"budget {shown} is not in (0, 1]; give a share of the model's own cache such as 0.5")

@@ -16,7 +16,8 @@ def test_tokens_of_cache_grow_as_the_budget_shrinks(
 ):
     from vllm_mkv.adapter import Adapter
 
-    model = tiny_model("llama")
+    # Heads of 64, so that a quarter of them is a whole block of coordinates.
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     plain = Adapter.load(make_adapter(model, group_heads=group_heads))
     adapter = make_adapter(model, group_heads=group_heads, path=uneven_path(plain.shape))
     stock = serving.cache_tokens(start_engine(model, block_size=32))

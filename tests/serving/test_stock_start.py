@@ -216,16 +216,16 @@ from vllm.plugins import load_general_plugins
 
 load_general_plugins()
 assert "vllm.engine.arg_utils" not in sys.modules, "this test needs the front end to be loaded later"
-from vllm import EngineArgs
+from vllm import LLM
 
 try:
-    EngineArgs(model=sys.argv[1], attention_backend="mkv").create_engine_config()
+    LLM(sys.argv[1], attention_backend="mkv", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=1 << 24)
 except ValueError as error:
     print("REFUSED", error)
 """
 
 
-@pytest.mark.slow
-def test_plugins_that_are_loaded_before_the_front_end_check_configurations_too(tiny_model):
-    ran = run(EARLY, str(tiny_model("llama")))
+@pytest.mark.engine
+def test_plugins_that_are_loaded_before_the_front_end_never_serve_stock_in_place_of_mkv(tiny_model):
+    ran = run(EARLY, str(tiny_model("llama")), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
     assert "REFUSED no adapter was named" in ran.stdout

@@ -19,6 +19,7 @@ from mkv_kernels.bases import LayerBases
 from vllm_mkv.allocation import split_groups
 from vllm_mkv.serving import compat, fold
 from vllm_mkv.serving.attention import MKVAttentionImpl
+from vllm_mkv.serving.configure import configure
 from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
 
@@ -55,6 +56,9 @@ class MKVModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         self._vllm_config = vllm_config
+        if compat.uses_mkv(vllm_config) and MKVOptions.of(vllm_config).digest is None:
+            # The configuration was being made when MKV was first asked for, too early for the check in the front end.
+            configure(vllm_config)
         if type(self.base).load_model is BaseModelLoader.load_model:
             return super().load_model(vllm_config, model_config, prefix)
         # A loader with ways of its own may process weights before they can be folded.
