@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vllm_mkv.adapter import Adapter, AdapterConfig
 from vllm_mkv.allocation import AllocationPath
-from vllm_mkv.evaluation.quality import measure
+from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.calibrate import cache_shape, fit_bases
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
@@ -59,13 +59,14 @@ def main() -> None:
             bases = fit_bases(model, fingerprint, windows, basis=basis, group_heads=group_heads)
             path = AllocationPath.uniform(cache_shape(fingerprint, group_heads))
             allocations = [path.replay(budget, itemsize=4) for budget in BUDGETS]
-            found = measure(model, valid, Adapter(config, bases, path), allocations)
+            caches = projected_caches(Adapter(config, bases, path), allocations, itemsize=4)
+            found = measure(model, valid, caches, stock_bytes=path.shape.stock_bytes_per_token(4))
             rows += [{"basis": basis, "group_heads": group_heads, **row} for row in found]
     table = Table(title=f"{args.model}, {args.valid_windows} x {args.context} tokens of {' '.join(args.valid_text)}")
     for column in ("basis", "J", "budget", "perplexity", "KL", "same top token"):
         table.add_column(column, justify="right")
     for row in rows:
-        label = row.get("name", f"{row['budget']:.3f}")
+        label = "stock" if row["name"] == "stock" else f"{row['budget']:.3f}"
         figures = (f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
         table.add_row(row["basis"], str(row["group_heads"]), label, *figures)
     Console().print(table)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock vLLM beside MKV on one model at the same cache memory: tokens of cache, bytes per token, perplexity, text.
+"""Stock vLLM beside MKV on one model at the same cache memory: tokens of cache, bytes per token, perplexity, KL, text.
 
     make demo
     python examples/demo.py --model MODEL --text TEXT.txt --budget 0.3
 
-Each of the two servers is started, asked and stopped in turn. Exit status 0 says that every step happened and that the
-second server really served from a projected cache; anything else ends with the reason and the end of the server's log.
+MKV serves at the smallest budget whose KL divergence from the full model is under that of a cache of 4 bits per token
+and head; `vllm-mkv eval` measures both first. Each of the two servers is started, asked and stopped in turn. Exit
+status 0 says that every step happened and that the second server really served from a projected cache; anything else
+ends with the reason and the end of the server's log.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ class DemoError(Exception):
     """A step did not happen; the message says which and why."""
 
 
+FOUR_BIT = "int4"
+"""Of the caches that `vllm-mkv eval` knows: 4 bits per token and head."""
+BUDGETS = (0.3, 0.28, 0.26, 0.24, 0.22, 0.2, 0.18, 0.16, 0.14)
 FAILURES = (DemoError, OSError, OpenAIError, KeyError, TypeError, ValueError)
 """A server that is away or answers with something else shows as any of these."""
 
@@ -63,9 +68,21 @@ class Projection:
 
 @dataclass(frozen=True)
 class Measured:
+    """What a server did, but for the KL divergence, which `vllm-mkv eval` measured."""
+
     cache_tokens: int
     bytes_per_token: int
     perplexity: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of `vllm-mkv eval`: of MKV at the budget to serve at, and of 4 bits per token and head."""
+
+    budget: float
+    mkv: dict
+    four_bit: dict
 
 
 class Server:
@@ -206,6 +223,33 @@ def serving(title: str, options: list[str], args: argparse.Namespace, logs: Path
     console.print(f"{title}: stopped")
 
 
+def choose(args: argparse.Namespace, folder: Path) -> Choice:
+    """The budget asked for, or the smallest of `BUDGETS` whose KL divergence is under that of 4 bits."""
+    budgets = BUDGETS if args.budget is None else (args.budget,)
+    figures = folder / "eval.json"
+    program = shutil.which("vllm-mkv", path=os.path.dirname(sys.executable)) or shutil.which("vllm-mkv")
+    if program is None:
+        raise DemoError("there is no `vllm-mkv` command in this environment; run `make env`")
+    command = [program, "eval", args.model, "--text", str(args.text), "--against", FOUR_BIT, "--json", str(figures)]
+    command += ["--context", str(args.window), "--windows", str(args.windows), "--budgets", *map(str, budgets)]
+    command += ["--adapter", args.adapter] if args.adapter else []
+    with console.status("measuring KL divergences with `vllm-mkv eval`"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+    if done.returncode:
+        raise DemoError(f"`vllm-mkv eval` ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    rows = json.loads(figures.read_text("utf-8"))["rows"]
+    (four_bit,) = (row for row in rows if row["name"] == FOUR_BIT)
+    ours = dict(zip(budgets, (row for row in rows if row["name"] == "mkv"), strict=True))
+    good = [budget for budget, row in ours.items() if row["kl"] < four_bit["kl"]]
+    if args.budget is None and not good:
+        raise DemoError(
+            f"at none of the budgets {BUDGETS} is the KL divergence under the {four_bit['kl']:.4f} of 4 bits; name a "
+            "budget with --budget, or give the adapter tiers with `vllm-mkv search`"
+        )
+    chosen = args.budget or min(good)
+    return Choice(chosen, ours[chosen], four_bit)
+
+
 def cut_windows(server: Server, args: argparse.Namespace) -> list[list[int]]:
     """The same windows of tokens for both servers."""
     tokens = server.post("/tokenize", {"model": NAME, "prompt": args.text.read_text("utf-8")})["tokens"]
@@ -227,11 +271,11 @@ def answer(server: Server, args: argparse.Namespace) -> None:
         raise DemoError(f"{server.title} streamed no answer, but {pieces}")
 
 
-def check(stock: Measured, mkv: Measured, reached: float, args: argparse.Namespace) -> None:
+def check(stock: Measured, mkv: Measured, reached: float, budget: float, args: argparse.Namespace) -> None:
     """Raises DemoError unless the second server used a projected cache of the size that it claims."""
     memory, gain = args.cache_mib << 20, mkv.cache_tokens / stock.cache_tokens
-    if not 0 < reached <= args.budget:
-        raise DemoError(f"budget {args.budget:g} was asked and {reached:g} reached")
+    if not 0 < reached <= budget:
+        raise DemoError(f"budget {budget:g} was asked and {reached:g} reached")
     if abs(gain * reached - 1) > 0.01:
         raise DemoError(f"{gain:.3f} times the tokens of cache at budget {reached:g}; {1 / reached:.3f} were due")
     for row in (stock, mkv):
@@ -241,42 +285,53 @@ def check(stock: Measured, mkv: Measured, reached: float, args: argparse.Namespa
         raise DemoError("both servers have the very same perplexity, so the cache was not projected")
 
 
-def report(stock: Measured, mkv: Measured, args: argparse.Namespace, num_windows: int) -> Table:
+def report(stock: Measured, mkv: Measured, choice: Choice, args: argparse.Namespace, num_windows: int) -> Table:
     title = (
-        f"{Path(args.model).name}, {args.cache_mib} MiB of cache; perplexity on {num_windows} x {args.window} tokens"
+        f"{Path(args.model).name}, {args.cache_mib} MiB of cache; perplexity and KL on {num_windows} x {args.window} "
+        "tokens"
     )
     table = Table(title=title)
     table.add_column("cache")
-    for column in ("tokens of cache", "bytes per token", "x smaller", "perplexity"):
+    for column in ("tokens of cache", "bytes per token", "x smaller", "perplexity", "KL"):
         table.add_column(column, justify="right")
-    for name, row in (("stock vLLM", stock), (f"MKV, budget {args.budget:g}", mkv)):
-        smaller = stock.bytes_per_token / row.bytes_per_token
-        figures = (f"{row.cache_tokens:,}", f"{row.bytes_per_token:,}", f"{smaller:.2f}", f"{row.perplexity:.2f}")
-        table.add_row(name, *figures)
+    four_bit = choice.four_bit
+    rows = (
+        ("stock vLLM", f"{stock.cache_tokens:,}", stock.bytes_per_token, stock.perplexity, stock.kl),
+        ("4 bits per token and head (not served)", "-", four_bit["bytes_per_token"], None, four_bit["kl"]),
+        (f"MKV, budget {choice.budget:g}", f"{mkv.cache_tokens:,}", mkv.bytes_per_token, mkv.perplexity, mkv.kl),
+    )
+    for name, tokens, used, perplexity, kl in rows:
+        smaller = f"{stock.bytes_per_token / used:.2f}"
+        table.add_row(name, tokens, f"{used:,}", smaller, f"{perplexity:.2f}" if perplexity else "-", f"{kl:.4f}")
     return table
 
 
 def run(args: argparse.Namespace, logs: Path) -> None:
+    choice = choose(args, logs)
     with serving("stock vLLM", [], args, logs) as server:
         windows = cut_windows(server, args)
         stock_tokens, stock_perplexity = server.cache_tokens(), server.perplexity(windows)
-    settings = {"budget": args.budget} | ({"adapter": args.adapter} if args.adapter else {})
+    settings = {"budget": choice.budget} | ({"adapter": args.adapter} if args.adapter else {})
     options = ["--attention-backend", "mkv", "--additional-config", json.dumps({"mkv": settings})]
     with serving("MKV", options, args, logs) as server:
         projection = server.projection()
         console.print(projection.line, markup=False, highlight=False, soft_wrap=True)
-        stock = Measured(stock_tokens, projection.own_bytes_per_token, stock_perplexity)
-        mkv = Measured(server.cache_tokens(), projection.bytes_per_token, server.perplexity(windows))
-        check(stock, mkv, projection.reached, args)
+        stock = Measured(stock_tokens, projection.own_bytes_per_token, stock_perplexity, 0.0)
+        mkv = Measured(server.cache_tokens(), projection.bytes_per_token, server.perplexity(windows), choice.mkv["kl"])
+        check(stock, mkv, projection.reached, choice.budget, args)
+        if mkv.bytes_per_token != choice.mkv["bytes_per_token"]:
+            raise DemoError(
+                f"{mkv.bytes_per_token} bytes per token are served, {choice.mkv['bytes_per_token']} measured"
+            )
         answer(server, args)
-    console.print(report(stock, mkv, args, len(windows)))
+    console.print(report(stock, mkv, choice, args, len(windows)))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE / "books-4m"), help="folder or Hub name (default: the bundled one)")
     parser.add_argument("--adapter", help="folder or Hub name (default: MODEL/mkv)")
-    parser.add_argument("--budget", type=float, default=0.4, help="share of the model's own cache (default: 0.4)")
+    parser.add_argument("--budget", type=float, help="share of the model's own cache (default: the least under 4 bits)")
     parser.add_argument("--text", type=Path, help="text to measure perplexity on (default: the bundled excerpt)")
     parser.add_argument("--windows", type=int, default=16, help="windows of text (default: 16)")
     parser.add_argument("--window", type=int, default=512, help="tokens per window (default: 512)")

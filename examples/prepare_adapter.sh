@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Make an adapter for a model of your own, look at it, and check it.
+# Make an adapter for a model of your own, find its allocation path, look at it, and check it.
 #
 #     examples/prepare_adapter.sh MODEL TEXT ADAPTER [vllm-mkv calibrate options]
 #     examples/prepare_adapter.sh examples/books-4m my-text.txt my-adapter --tokens 20000
@@ -18,5 +18,6 @@ model=$1 text=$2 adapter=$3
 shift 3
 
 vllm-mkv calibrate "$model" --text "$text" --output "$adapter" "$@"
-vllm-mkv info "$adapter" --plot "$adapter/ranks.png"
+vllm-mkv search "$adapter" --text "$text" --output "$adapter" --model "$model"
+vllm-mkv info "$adapter" --plot "$adapter/widths.png"
 vllm-mkv check "$adapter" "$model"

@@ -81,7 +81,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("text", 1300, 8192, (0.5,) * 7 + (1.0,) * 3, repeats=0.1, drills=0.0, lr=4e-3),
+    Stage("text", 1200, 8192, (0.5,) * 7 + (1.0,) * 3, repeats=0.1, drills=0.0, lr=4e-3),
     Stage("drills", 400, 2048, (1 / 16,), repeats=0.0, drills=1.0, lr=1e-3),
     Stage("both", 300, 8192, (0.25, 0.5, 1.0), repeats=0.1, drills=0.1, lr=1.5e-3, distances=(1 / 16, 15 / 16)),
     Stage("passages", 120, 8192, (0.25, 0.5, 1.0), repeats=0.1, drills=0.05, lr=1e-3, islands=0.2),

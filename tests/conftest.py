@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -153,30 +154,60 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> C
 
 
 @pytest.fixture(scope="session")
-def uneven_path() -> Callable[..., object]:
-    """`uneven_path(shape, seed=0)`: a path of widths 16 and 0 down to rank 16 at a pace of its own for each side.
+def make_searched(
+    make_adapter: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`make_searched(model, group_heads=1)`: the folder of an adapter with tiers, its path found by a search.
 
-    So every layer, latent group and side has a rank of its own at the budgets between.
+    A coordinate at the border of two levels may fall to either side in two computations that differ by rounding. Where
+    the search gave few bits, that changes little; on a path drawn at random it can change much.
+    """
+
+    @cache
+    def make(model: Path, group_heads: int = 1) -> Path:
+        from vllm_mkv.adapter import Adapter
+        from vllm_mkv.fit.search import search
+
+        folder = tmp_path_factory.mktemp("adapter") / f"searched-{group_heads}"
+        loaded = Adapter.load(make_adapter(model, group_heads))
+        search(loaded, [str(text_file)], output=folder, tokens=1024, context=128, eval_windows=0)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def uneven_path() -> Callable[..., object]:
+    """`uneven_path(shape, widths=(16, 0), seed=0)`: a path down to one block a side, at its own pace for each side.
+
+    So every layer, latent group and side has a rank, and with more widths tiers, of its own at the budgets between.
     """
     return make_uneven_path
 
 
-def make_uneven_path(shape: object, seed: int = 0) -> object:
+def make_uneven_path(shape: object, widths: tuple[int, ...] = (16, 0), seed: int = 0) -> object:
     from vllm_mkv.allocation import AllocationPath
 
     rng = np.random.default_rng(seed)
-    places = [
-        (layer, group, side)
+    num_blocks: int = shape.num_blocks  # type: ignore[attr-defined]
+    state = {
+        (layer, group, side): [16] * num_blocks
         for layer in range(shape.num_layers)  # type: ignore[attr-defined]
         for group in range(shape.num_groups)  # type: ignore[attr-defined]
         for side in (0, 1)
-    ]
-    left = dict.fromkeys(places, shape.num_blocks)  # type: ignore[attr-defined]
-    weights = dict(zip(places, rng.uniform(0.05, 1, len(places)), strict=True))
+    }
+    paces = dict(zip(state, rng.uniform(0.05, 1, len(state)), strict=True))
+
+    def moves(blocks: list[int]) -> list[tuple[int, int]]:
+        lower = dict(pairwise(widths))
+        steps = [(block, lower[width]) for block, width in enumerate(blocks) if width in lower]
+        return [(b, w) for b, w in steps if w >= (*blocks, 0)[b + 1] and (w or b)]
+
     steps = []
-    while candidates := [place for place in places if left[place] > 1]:
-        chances = np.array([weights[place] for place in candidates])
+    while candidates := [place for place, blocks in state.items() if moves(blocks)]:
+        chances = np.array([paces[place] for place in candidates])
         place = candidates[rng.choice(len(candidates), p=chances / chances.sum())]
-        left[place] -= 1
-        steps.append((*place, left[place], 0))
+        block, width = moves(state[place])[rng.integers(len(moves(state[place])))]
+        state[place][block] = width
+        steps.append((*place, block, width))
     return AllocationPath(shape, np.array(steps, dtype=np.int32).reshape(-1, 5))  # type: ignore[arg-type]

@@ -121,6 +121,7 @@ class Adapter:
             tensors[f"layers.{layer}.value.mean"] = np.ascontiguousarray(bases.value_mean, np.float32)
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside = staging.with_name(f"{staging.name}.old")
         try:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "np"})
             config = self.config.model_copy(update={"weights_sha256": _sha256(staging / WEIGHTS_FILE)})
@@ -129,10 +130,16 @@ class Adapter:
             staging.chmod(0o755)
             (staging / WEIGHTS_FILE).chmod(0o644)
             if folder.exists():
-                shutil.rmtree(folder)
+                # Aside first: to be killed while an old folder is being removed must not leave half of it.
+                os.replace(folder, aside)
             os.replace(staging, folder)
+        except BaseException:
+            if aside.exists() and not folder.exists():
+                os.replace(aside, folder)
+            raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            for leftover in (staging, aside):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_output(folder: str | Path) -> Path:

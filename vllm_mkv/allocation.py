@@ -166,19 +166,22 @@ class AllocationPath:
         split_groups(range(self.shape.num_groups), num_shards)
         replicas = max(1, num_shards // self.shape.num_groups)
         affordable = budget * self.shape.stock_bytes_per_token(itemsize) * replicas
-        allocation = None
         for allocation, dense in self._walk(itemsize, num_shards):
             if dense <= affordable:
                 found = allocation()
                 # Alignment can cost more than the dense sum where pages are of very few tokens.
                 if found.budget(block_size=block_size, itemsize=itemsize, num_shards=num_shards) <= budget:
                     return found
-        assert allocation is not None
-        least = allocation().budget(block_size=block_size, itemsize=itemsize, num_shards=num_shards)
+        least = self.smallest().budget(block_size=block_size, itemsize=itemsize, num_shards=num_shards)
         raise ValueError(
             f"budget {budget:g} is smaller than the smallest that this adapter's allocation path reaches; "
             f"use at least {math.ceil(least * 1e4) / 1e4:g}"
         )
+
+    def smallest(self) -> Allocation:
+        """What the path ends at."""
+        *_, (allocation, _) = self._walk(itemsize=2, num_shards=1)
+        return allocation()
 
     def _walk(self, itemsize: int, num_shards: int) -> Iterator[tuple[Callable[[], Allocation], int]]:
         """Yields, before the first step and after each, a way to get the allocation and its dense bytes per token."""

@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"vllm-mkv {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_calibrate(commands)
+    _add_search(commands)
+    _add_eval(commands)
     _add_info(commands)
     _add_check(commands)
     return top
@@ -50,13 +52,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     about = "make an adapter for a model from text"
     sub = commands.add_parser("calibrate", help=about, description=about)
     sub.add_argument("model", metavar="MODEL", help="a folder or a Hub repository")
-    sub.add_argument(
-        "--text",
-        nargs="+",
-        required=True,
-        metavar="FILE|DATASET",
-        help="UTF-8 files, folders of .txt files, or datasets as NAME[:CONFIG[:SPLIT]]",
-    )
+    _add_text_option(sub)
     sub.add_argument("--tokens", type=int, default=100_000, metavar="N", help="to fit on (default: %(default)s)")
     sub.add_argument("--basis", choices=("query", "pca"), default="query", help="(default: %(default)s)")
     sub.add_argument(
@@ -66,26 +62,114 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="KV heads that share a basis (default: the most whose query heads are 16 at most)",
     )
     sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write")
-    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
-    sub.add_argument(
-        "--eval-windows",
-        type=int,
-        default=16,
-        metavar="N",
-        help="windows to measure quality on, none of which is fitted on; 0 for none (default: %(default)s)",
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
-    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    _add_window_options(sub, "windows to measure quality on, none of which is fitted on")
     _add_model_options(sub)
     sub.set_defaults(run=calibrate)
 
 
+def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "find the order in which an adapter's coordinates lose bits where that costs least"
+    sub = commands.add_parser("search", help=about, description=about)
+    sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
+    _add_text_option(sub)
+    sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write; may be the same")
+    sub.add_argument(
+        "--widths",
+        type=_widths,
+        default=(16, 8, 4, 2, 0),
+        metavar="16,8,4,2,0",
+        help="bits that a coordinate may have; 16,0 searches ranks alone (default: %(metavar)s)",
+    )
+    sub.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel ranks that get equal bytes at every budget (default: %(default)s)",
+    )
+    sub.add_argument("--tokens", type=int, default=32_768, metavar="N", help="to probe on (default: %(default)s)")
+    sub.add_argument("--model", help="folder or Hub repository (default: what the adapter was made for)")
+    _add_window_options(sub, "windows to measure quality on, none of which is probed on")
+    _add_model_options(sub)
+    sub.set_defaults(run=search)
+
+
+def _widths(value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in value.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no list of bits such as 16,8,4,2,0") from None
+
+
+def _add_text_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="FILE|DATASET",
+        help="UTF-8 files, folders of .txt files, or datasets as NAME[:CONFIG[:SPLIT]]",
+    )
+
+
+def _add_window_options(sub: argparse.ArgumentParser, eval_windows: str) -> None:
+    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
+    sub.add_argument(
+        "--eval-windows", type=int, default=16, metavar="N", help=f"{eval_windows}; 0 for none (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "measure what budgets of an adapter, and other caches, cost a model"
+    sub = commands.add_parser("eval", help=about, description=about)
+    sub.add_argument("subject", metavar="MODEL|ADAPTER", help="a folder or a Hub repository, or an adapter's folder")
+    _add_text_option(sub)
+    sub.add_argument(
+        "--budgets", nargs="+", type=float, metavar="B", help="shares of the own cache (default: the adapter's)"
+    )
+    sub.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="vllm measures through the real engine (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--against",
+        type=_names,
+        default=(),
+        metavar="NAME,..",
+        help="caches to compare with: fp8, int8, int4, int3, int2, turboquant4, turboquant3, turboquant2; the last "
+        "three also with vLLM's norm correction: turboquant4_nc, ..",
+    )
+    sub.add_argument("--allocation", choices=("path", "uniform"), default="path", help="(default: %(default)s)")
+    sub.add_argument("--adapter", help="folder or Hub repository (default: MODEL/mkv, if there is one)")
+    sub.add_argument("--model", help="folder or Hub repository (default: what ADAPTER was made for)")
+    sub.add_argument("--json", metavar="FILE.json", help="write the figures")
+    sub.add_argument("--plot", metavar="FILE.png", help="draw KL divergence against bytes per token")
+    sub.add_argument("--windows", type=int, default=64, metavar="N", help="of text (default: %(default)s)")
+    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
+    sub.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="to compute in; bytes and budgets stay those of the dtype that the model is stored in (default: that)",
+    )
+    _add_model_options(sub)
+    sub.set_defaults(run=evaluate)
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(","))
+
+
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    about = "print what an adapter is, its bytes per token and its ranks"
+    about = "print what an adapter is, its bytes per token and its bits by layer and side"
     sub = commands.add_parser("info", help=about, description=about)
     sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
     sub.add_argument("--budget", type=float, metavar="B", help="share of the own cache (default: the adapter's)")
-    sub.add_argument("--plot", metavar="FILE.png", help="draw the ranks as a heatmap")
+    sub.add_argument("--plot", metavar="FILE.png", help="draw the widths as a heatmap")
     sub.set_defaults(run=info)
 
 
@@ -137,6 +221,75 @@ def calibrate(args: argparse.Namespace) -> int:
     print(f"wrote {args.output}; serve it with:")
     options = f'{{"mkv": {{"adapter": "{args.output}", "budget": {adapter.config.default_budget:g}}}}}'
     print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'")
+    return 0
+
+
+def search(args: argparse.Namespace) -> int:
+    from vllm_mkv.adapter import Adapter, check_output, locate
+
+    check_output(args.output)
+    loaded = Adapter.load(locate(args.adapter, None))
+    from rich.console import Console
+
+    from vllm_mkv.evaluation.report import quality_rows
+    from vllm_mkv.fit.search import search as find
+
+    searched, found = find(
+        loaded,
+        args.text,
+        output=args.output,
+        widths=args.widths,
+        shards=args.shards,
+        tokens=args.tokens,
+        context=args.context,
+        eval_windows=args.eval_windows,
+        seed=args.seed,
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    layers = searched.shape.num_layers
+    print(
+        f"{found.passes} forward passes of the calibration set: one probe per side of {layers} layers, and "
+        f"{found.passes - 2 * layers} others; rates to the power of {found.exponent:g}"
+    )
+    if searched.config.quality:
+        Console().print(quality_rows(searched.config.quality))
+    print(f"wrote {args.output}: {len(searched.path.steps)} steps, one for each block of 16 coordinates and width")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vllm_mkv.evaluation.evaluate import evaluate as measure
+    from vllm_mkv.evaluation.evaluate import evaluation_table
+
+    found = measure(
+        args.subject,
+        args.text,
+        budgets=args.budgets,
+        against=args.against,
+        engine=args.engine,
+        adapter=args.adapter,
+        model=args.model,
+        allocation=args.allocation,
+        num_windows=args.windows,
+        context=args.context,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        json_file=args.json,
+        plot=args.plot,
+    )
+    Console().print(evaluation_table(found))
+    for file in (args.json, args.plot):
+        if file:
+            print(f"wrote {file}")
     return 0
 
 

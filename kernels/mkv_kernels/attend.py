@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.pages import RunPages
+from mkv_kernels.pages import RunPages, SidePages
 from mkv_kernels.schedule import Bucket
 
 
@@ -41,14 +41,16 @@ def _attend_run(q: torch.Tensor, page: RunPages, run: RunBases, bucket: Bucket, 
     """Returns [N, G, J, M, d] in the query's dtype."""
     _, G, J, M, _ = q.shape
     B, Q = bucket.blocks.shape[0], bucket.num_queries
-    q_BQGHr = q[bucket.gather].unflatten(0, (B, Q)).flatten(3, 4)
-    k, v = _gather(page.key, bucket), _gather(page.value, bucket)
+    # Odd integers times their token's scale may be beyond float16.
+    dtype = torch.float32 if q.dtype == torch.float16 and (page.key.coded or page.value.coded) else q.dtype
+    q_BQGHr = q[bucket.gather].to(dtype).unflatten(0, (B, Q)).flatten(3, 4)
+    k, v = _gather(page.key, bucket, dtype), _gather(page.value, bucket, dtype)
     # The fused operator wants keys and values of one size; zeros change neither scores nor the coordinates kept.
     size, rank_v = max(k.shape[-1], v.shape[-1]), v.shape[-1]
     q_GBHQr = F.pad(q_BQGHr.permute(2, 0, 3, 1, 4), (0, size - q.shape[-1])).flatten(0, 1)
     k_GB1Lr = F.pad(k, (0, size - k.shape[-1])).flatten(0, 1).unsqueeze(1)
     v_GB1Lr = F.pad(v, (0, size - rank_v)).flatten(0, 1).unsqueeze(1)
-    mask = bucket.mask
+    mask = None if bucket.mask is None else bucket.mask.to(dtype)
     if mask is not None and G > 1 and B > 1:
         mask = mask.repeat(G, 1, 1, 1)
     if Q == 1:
@@ -71,9 +73,9 @@ def _attend_run(q: torch.Tensor, page: RunPages, run: RunBases, bucket: Bucket, 
     return (torch.einsum("tgjmr,gjrd->tgjmd", o.float(), run.value_up) + mean).to(q.dtype)
 
 
-def _gather(page: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """[num_blocks, G, block_size, R] to [G, B, L, R], with zeros where a request has no token, whatever lies there."""
-    x = page.transpose(0, 1)[:, bucket.blocks].flatten(2, 3)[:, :, : bucket.length]
+def _gather(side: SidePages, bucket: Bucket, dtype: torch.dtype) -> torch.Tensor:
+    """[G, B, L, R], with zeros where a request has no token, whatever lies there."""
+    x = side.read(bucket.blocks, bucket.length, dtype)
     if bucket.unused is not None:
         x[:, :, bucket.first_unused :].masked_fill_(bucket.unused, 0)
     return x

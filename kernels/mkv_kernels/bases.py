@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mkv_kernels.codes import multipliers
 from mkv_kernels.layout import GroupRun, PageLayout
 
 
@@ -21,11 +22,13 @@ class RunBases:
     Shapes:
         key_down:    [G, n, Rk]     first columns of A
         key_shift:   [G, Rk]        mean A, subtracted from projected keys
-        query_up:    [G, J, d, Rk]  first columns of B, rows of each head
+        query_up:    [G, J, d, Rk]  first columns of B, rows of each head, times `codes.multipliers` of the keys
         value_down:  [G, n, Rv]     first columns of C; None where C is folded into the weights
         value_shift: [G, Rv]        mean C, subtracted from projected values
-        value_up:    [G, J, Rv, d]  first rows of D, columns of each head; None where D is folded into the weights
-        value_mean:  [G, J, d]      added to the output: the mean itself, or mean C where D is folded into the weights
+        value_up:    [G, J, Rv, d]  first rows of D, columns of each head, times `codes.multipliers` of the values; None
+                                    where D so multiplied is folded into the weights
+        value_mean:  [G, J, d]      added to the output: the mean itself, or, where D is folded into the weights, mean C
+                                    divided by the multipliers
     """
 
     run: GroupRun
@@ -79,7 +82,8 @@ class LayerBases:
             A, B, C, D: [groups, n, n] with A B^T = I and C D = I.
             key_mean, value_mean: [groups, n].
             fold_down: values arrive already multiplied by C.
-            fold_up: the output is wanted in the coordinates of D, which the weights after it undo; needs n = d.
+            fold_up: the output is wanted as what D, its rows times `codes.multipliers` of the values, takes up again,
+                which the weights after it do; needs n = d.
         """
         num_groups, n, _ = A.shape
         assert len(layout.widths) == num_groups
@@ -94,15 +98,16 @@ class LayerBases:
             g = torch.tensor(run.groups, device=device)
             rank_k, rank_v = run.first.key.rank, run.first.value.rank
             whole = run.groups == tuple(range(num_groups))
-            up = D[g, :rank_v].unflatten(2, (J, head_size)).transpose(1, 2).contiguous()
-            mean = value_mean_C[g] if fold_up else value_mean[g]
+            steps_k, steps_v = (multipliers(side.widths).to(device) for side in (run.first.key, run.first.value))
+            up = (D[g] * steps_v[:, None])[:, :rank_v].unflatten(2, (J, head_size)).transpose(1, 2).contiguous()
+            mean = value_mean_C[g] / steps_v if fold_up else value_mean[g]
             runs.append(
                 RunBases(
                     run=run,
                     groups=None if whole else g,
                     key_down=A[g, :, :rank_k].contiguous(),
                     key_shift=(key_mean[g][:, None] @ A[g, :, :rank_k])[:, 0],
-                    query_up=B[g, :, :rank_k].unflatten(1, (J, head_size)).contiguous(),
+                    query_up=(B[g] * steps_k)[:, :, :rank_k].unflatten(1, (J, head_size)).contiguous(),
                     value_down=None if fold_down else C[g, :, :rank_v].contiguous(),
                     value_shift=value_mean_C[g, :rank_v].contiguous(),
                     value_up=None if fold_up else up,

@@ -72,6 +72,16 @@ class SideLayout:
     def rank(self) -> int:
         return rank_of(self.widths)
 
+    @property
+    def exact(self) -> int:
+        """Coordinates of the 16-bit tier."""
+        return BLOCK * self.widths.count(16)
+
+    @property
+    def coded(self) -> tuple[Region, ...]:
+        """Regions of the tiers of fewer bits, in the order of their coordinates."""
+        return tuple(region for region in self.regions if region.width < 16)
+
 
 @dataclass(frozen=True)
 class GroupLayout:

@@ -7,15 +7,50 @@ from dataclasses import dataclass
 
 import torch
 
-from mkv_kernels.layout import GroupRun, PageLayout, SideLayout
+from mkv_kernels.codes import LARGEST_SCALE, decode, encode
+from mkv_kernels.layout import SCALE_BYTES, GroupRun, PageLayout, SideLayout
+
+
+@dataclass(frozen=True)
+class SidePages:
+    """Keys or values of a run.
+
+    Shapes:
+        exact:  [num_blocks, G, block_size, R16] of the model's dtype, the 16-bit tier
+        coded:  per tier of fewer bits, uint8 [num_blocks, G, block_size, bytes per token]
+        scales: [num_blocks, G, block_size] float16; None where no tier is of fewer bits
+    """
+
+    layout: SideLayout
+    exact: torch.Tensor
+    coded: tuple[torch.Tensor, ...]
+    scales: torch.Tensor | None
+
+    def write(self, block: torch.Tensor, offset: torch.Tensor, x: torch.Tensor) -> None:
+        """Coordinates `x` [S, G, R] float32 of tokens that go to place `offset` [S] of page `block` [S]."""
+        exact, packed, scale = encode(x, self.layout)
+        if self.exact.dtype == torch.float16:
+            exact = exact.clamp(-LARGEST_SCALE, LARGEST_SCALE)
+        self.exact[block, :, offset] = exact.to(self.exact.dtype)
+        for tier, codes in zip(self.coded, packed, strict=True):
+            tier[block, :, offset] = codes
+        if scale is not None and self.scales is not None:
+            self.scales[block, :, offset] = scale
+
+    def read(self, blocks: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first `length` tokens of the pages `blocks` [B, P], as `codes.decode` gives them: [G, B, length, R]."""
+
+        def gather(pages: torch.Tensor) -> torch.Tensor:
+            return pages.transpose(0, 1)[:, blocks].flatten(2, 3)[:, :, :length]
+
+        scales = None if self.scales is None else gather(self.scales)
+        return decode(gather(self.exact), [gather(tier) for tier in self.coded], scales, self.layout, dtype)
 
 
 @dataclass(frozen=True)
 class RunPages:
-    """The 16-bit tiers of a run: keys [num_blocks, G, block_size, Rk] and values [num_blocks, G, block_size, Rv]."""
-
-    key: torch.Tensor
-    value: torch.Tensor
+    key: SidePages
+    value: SidePages
 
 
 def view_pages(cache: torch.Tensor, layout: PageLayout) -> tuple[RunPages, ...]:
@@ -39,24 +74,28 @@ def view_pages(cache: torch.Tensor, layout: PageLayout) -> tuple[RunPages, ...]:
         raise ValueError(
             f"the cache's pages are not dense (strides {cache.stride()}); use a layer-compact KV cache layout"
         )
+    memory = cache.view(torch.uint8)
     return tuple(
-        RunPages(_view(cache, run, run.first.key, layout), _view(cache, run, run.first.value, layout))
+        RunPages(*(_view(memory, cache.dtype, run, side, layout) for side in (run.first.key, run.first.value)))
         for run in layout.runs
     )
 
 
-def _view(cache: torch.Tensor, run: GroupRun, side: SideLayout, layout: PageLayout) -> torch.Tensor:
-    num_blocks, block_size = cache.shape[0], layout.block_size
-    if not side.regions:
-        return cache.new_empty((num_blocks, len(run.groups), block_size, 0))
-    if any(region.width != 16 for region in side.regions):
-        raise NotImplementedError(
-            f"coordinates of {[region.width for region in side.regions]} bits; this version computes with 16 alone, "
-            "so use an adapter whose allocation path has the widths 16 and 0"
+def _view(memory: torch.Tensor, dtype: torch.dtype, run: GroupRun, side: SideLayout, layout: PageLayout) -> SidePages:
+    num_blocks, num_groups, block_size = memory.shape[0], len(run.groups), layout.block_size
+
+    def view(offset: int, bytes_per_token: int) -> torch.Tensor:
+        return memory.as_strided(
+            (num_blocks, num_groups, block_size, bytes_per_token),
+            (memory.stride(0), run.stride, bytes_per_token, 1),
+            memory.storage_offset() + offset,
         )
-    region = side.regions[0]
-    return cache.as_strided(
-        (num_blocks, len(run.groups), block_size, region.size),
-        (cache.stride(0), run.stride // layout.itemsize, region.size, 1),
-        cache.storage_offset() + region.offset // layout.itemsize,
-    )
+
+    exact = memory.new_empty((num_blocks, num_groups, block_size, 0), dtype=dtype)
+    if side.exact:
+        exact = view(side.regions[0].offset, side.exact * layout.itemsize).view(dtype)
+    coded = tuple(view(region.offset, region.size * region.width // 8) for region in side.coded)
+    scales = None
+    if side.scale_offset is not None:
+        scales = view(side.scale_offset, SCALE_BYTES).view(torch.float16).squeeze(-1)
+    return SidePages(side, exact, coded, scales)

@@ -20,7 +20,8 @@ def project_and_store(
 ) -> tuple[torch.Tensor, ...]:
     """k' = (k - mean) A, v' = (v - mean) C and q' = q B[head], cut to the group's rank; k' and v' go to their slots.
 
-    Projections are computed in float32 whatever the dtype; the cache and q' have the dtype of the inputs.
+    Projections are computed in float32 whatever the dtype; q' and the 16-bit tier have the dtype of the inputs, and
+    the coordinates of the other tiers are quantised as `codes` says.
 
     Shapes:
         query: [T, H, d], key and value: [T, groups * J, d]; values already times C where the bases say so
@@ -46,7 +47,7 @@ def project_and_store(
             v = v[..., : run.rank_v].float() - run.value_shift
         else:
             v = torch.einsum("tgn,gnr->tgr", v.float(), run.value_down) - run.value_shift
-        page.key[block, :, offset] = k.to(page.key.dtype)
-        page.value[block, :, offset] = v.to(page.value.dtype)
+        page.key.write(block, offset, k)
+        page.value.write(block, offset, v)
         projected.append(torch.einsum("tgjmd,gjdr->tgjmr", q.float(), run.query_up).to(query.dtype))
     return tuple(projected)

@@ -189,11 +189,44 @@ def test_capture_sees_every_layer_once_after_rope(tiny_model):
     torch.testing.assert_close(keys[0][:, :, 0].norm(dim=-1), keys[0][:, :, 1].norm(dim=-1))
 
 
-def test_widths_other_than_16_and_0_are_refused(tiny_model, make_adapter):
-    adapter = Adapter.load(make_adapter(tiny_model("llama"), 1))
-    widths = tuple(tuple(((16, 4), (16, 16)) for _ in range(4)) for _ in range(3))
-    with pytest.raises(NotImplementedError, match="4 bits"):
-        truncated(load(tiny_model("llama")), adapter, Allocation(adapter.shape, widths))
+def quantised_by_hand(x, widths):
+    """One vector, coordinate by coordinate."""
+    steps = {8: 0.034, 4: 0.37, 2: 1.15}
+    coded = [i for i in range(len(x)) if 0 < widths[i // 16] < 16]
+    scale = float(np.float16(np.sqrt(np.mean(x[coded] ** 2)))) if coded else 1.0
+    out = np.zeros_like(x)
+    for i, width in enumerate(np.repeat(widths, 16)):
+        if width == 16:
+            out[i] = x[i]
+        elif width:
+            level = np.clip(np.floor(x[i] / scale / steps[width]), -(2 ** (width - 1)), 2 ** (width - 1) - 1)
+            out[i] = (level + 0.5) * steps[width] * scale
+    return out
+
+
+@pytest.mark.parametrize("group_heads", [1, 2])
+def test_tiers_follow_the_formula(tiny_model, make_adapter, uneven_path, group_heads):
+    from vllm_mkv.fit.truncation import Truncation
+
+    folder = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    adapter = Adapter.load(make_adapter(folder, group_heads))
+    allocation = uneven_path(adapter.shape, (16, 8, 4, 2, 0)).replay(0.3)
+    assert {0, 2, 4, 8} <= set(np.array(allocation.widths).flatten())
+    heads = torch.randn(1, 2, 7, 64, generator=torch.Generator().manual_seed(0))
+    for layer, bases in enumerate(adapter.bases):
+        module = torch.nn.Module()
+        module.layer_idx = layer
+        keys, values = Truncation(adapter, allocation)(module, None, heads, heads)
+        pairs = ((bases.A, bases.B.swapaxes(-1, -2), bases.key_mean), (bases.C, bases.D, bases.value_mean))
+        for side, (found, (down, up, mean)) in enumerate(zip((keys, values), pairs, strict=True)):
+            x = by_group(heads, group_heads).numpy().astype(np.float64)
+            for group in range(adapter.shape.num_groups):
+                coordinates = (x[0, group] - mean[group]) @ down[group]
+                widths = allocation.widths[layer][group][side]
+                want = np.stack([quantised_by_hand(token, widths) for token in coordinates]) @ up[group] + mean[group]
+                got = by_group(found, group_heads)[0, group].numpy()
+                # A coordinate at the border of two levels may fall to either side of it.
+                assert np.abs(got - want).mean() < 1e-3 * np.abs(want).mean()
 
 
 def test_an_allocation_or_a_model_of_another_shape_is_refused(tiny_model, make_adapter):

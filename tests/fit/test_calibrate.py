@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_mkv.adapter import CARD_FILE, Adapter
-from vllm_mkv.evaluation.quality import measure
+from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.calibrate import calibrate, fit_bases
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
@@ -58,7 +58,8 @@ def test_measure_equals_the_definitions(made):
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     windows = np.random.default_rng(0).integers(0, 300, (2, 17))
     allocation = adapter.path.replay(0.5, itemsize=4)
-    stock_row, row = measure(model, windows, adapter, [allocation])
+    stock_bytes = adapter.shape.stock_bytes_per_token(4)
+    stock_row, row = measure(model, windows, projected_caches(adapter, [allocation], 4), stock_bytes=stock_bytes)
     ids = torch.from_numpy(windows)
     with torch.inference_mode():
         p = model(ids).logits[:, :-1].double().log_softmax(-1)

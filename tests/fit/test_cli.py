@@ -16,7 +16,15 @@ OPTIONS = {
         "--seed", "--text", "--tokens", "--trust-remote-code", "MODEL",
     },
     "check": {"--device", "--revision", "--tokens", "--trust-remote-code", "ADAPTER", "MODEL"},
+    "eval": {
+        "--adapter", "--against", "--allocation", "--budgets", "--context", "--device", "--dtype", "--engine", "--json",
+        "--model", "--plot", "--revision", "--seed", "--text", "--trust-remote-code", "--windows", "MODEL|ADAPTER",
+    },
     "info": {"--budget", "--plot", "ADAPTER"},
+    "search": {
+        "--context", "--device", "--dtype", "--eval-windows", "--model", "--output", "--revision", "--seed", "--shards",
+        "--text", "--tokens", "--trust-remote-code", "--widths", "ADAPTER",
+    },
 }  # fmt: skip
 
 
@@ -36,7 +44,7 @@ def test_importing_the_package_and_the_command_is_light():
 
 
 def test_preparing_a_model_never_imports_vllm():
-    code = "import sys, vllm_mkv.fit.calibrate, vllm_mkv.fit.check; assert 'vllm' not in sys.modules"
+    code = "import sys, vllm_mkv.fit.search, vllm_mkv.fit.check; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
@@ -66,17 +74,6 @@ def test_info_prints_bytes_and_ranks_and_draws(tiny_model, make_adapter, tmp_pat
     assert "16 16 16 16" in out
     assert "16/16.0/16" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_info_of_many_groups_and_layers_draws_without_numbers(tmp_path):
-    from mkv_kernels.layout import uniform_widths
-    from vllm_mkv.allocation import Allocation, CacheShape
-    from vllm_mkv.evaluation.ranks import draw_ranks, rank_table
-
-    shape = CacheShape(80, 32, 128)
-    allocation = Allocation(shape, tuple(uniform_widths(32, 64, 32, 128) for _ in range(80)))
-    draw_ranks(allocation, "large", tmp_path / "large.png")
-    assert rank_table(allocation).row_count == 81
 
 
 def test_calibrate_then_check(tiny_model, text_file, tmp_path, capsys, monkeypatch):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a truncated cache does to a model's predictions, measured through transformers."""
+"""What a cache does to a model's predictions, measured through transformers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from transformers import PreTrainedModel
 
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.allocation import Allocation
-from vllm_mkv.fit.attention import intercepted
+from vllm_mkv.fit.attention import Handler, intercepted
 from vllm_mkv.fit.data import batches
 from vllm_mkv.fit.truncation import Truncation
 
-LOGITS_PER_BATCH = 1 << 26
-"""Logits held at once: 256 MB in float32."""
+LOGITS_PER_BATCH = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits held at once, by kind of device. On a CPU, arrays of more than 32 MB are given back to the system every time,
+and to get them anew costs more than the arithmetic."""
 
 
 class Sums:
@@ -47,41 +49,72 @@ class Sums:
         }
 
 
+@dataclass(frozen=True)
+class Cache:
+    """A cache to measure: what it does to keys and values, and what it costs."""
+
+    name: str
+    handler: Handler
+    bytes_per_token: int
+    """Of all layers, keys and values; scales, alignment and padding included."""
+
+
+def projected_caches(adapter: Adapter, allocations: Sequence[Allocation], itemsize: int) -> list[Cache]:
+    """The caches of an adapter, each named "mkv", at allocations of its own; a number of the model takes `itemsize`."""
+    return [
+        Cache("mkv", Truncation(adapter, allocation), allocation.bytes_per_token(block_size=16, itemsize=itemsize))
+        for allocation in allocations
+    ]
+
+
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel, windows: np.ndarray, adapter: Adapter, allocations: Sequence[Allocation]
+    model: PreTrainedModel, windows: np.ndarray, caches: Sequence[Cache], *, stock_bytes: int
 ) -> list[dict[str, Any]]:
     """Perplexity, KL divergence from the full model in nats per token, and share of equal most likely tokens.
 
     Args:
         windows: int64 [windows, context]; every token but a window's first is predicted.
-        allocations: of the adapter, one row each.
+        caches: what to attend with in place of the model's own keys and values.
+        stock_bytes: bytes per token of the model's own cache, by which budgets are reckoned.
 
     Returns:
-        The full model's row, {"name": "stock", ..}, and then one row per allocation; `budget` is the one reached.
+        {"name", "budget", "bytes_per_token", "perplexity", "kl", "top1"} of the full model, named "stock", and then of
+        every cache.
+
+    Raises:
+        ValueError: a cache makes log-probabilities that are not finite.
     """
-    itemsize = model.dtype.itemsize
-    truncations = [Truncation(adapter, allocation) for allocation in allocations]
-    stock_sums, sums = Sums(), [Sums() for _ in allocations]
+    stock_sums, sums = Sums(), [Sums() for _ in caches]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    size = max(1, LOGITS_PER_BATCH // (windows.shape[1] * vocabulary))
-    with tqdm(total=len(windows) * (1 + len(allocations)), unit="window", desc="quality", disable=None) as progress:
+    logits = LOGITS_PER_BATCH.get(model.device.type, LOGITS_PER_BATCH["cuda"])
+    size = max(1, logits // (windows.shape[1] * vocabulary))
+    with tqdm(total=len(windows) * (1 + len(caches)), unit="window", desc="quality", disable=None) as progress:
         for batch in batches(windows, size):
             ids = torch.from_numpy(batch).to(model.device)
             targets = ids[:, 1:].flatten()
             stock = log_probabilities(model, ids)
             stock_sums.add(stock, stock, targets)
             progress.update(len(batch))
-            for truncation, total in zip(truncations, sums, strict=True):
-                with intercepted(model, truncation):
+            for cache, total in zip(caches, sums, strict=True):
+                with intercepted(model, cache.handler):
                     total.add(stock, log_probabilities(model, ids), targets)
                 progress.update(len(batch))
-    stock_bytes = adapter.shape.stock_bytes_per_token(itemsize)
-    rows: list[dict[str, Any]] = [{"name": "stock", "budget": 1.0, "bytes_per_token": stock_bytes, **stock_sums.row}]
-    for allocation, total in zip(allocations, sums, strict=True):
-        used = allocation.bytes_per_token(block_size=16, itemsize=itemsize)
-        rows.append({"budget": used / stock_bytes, "bytes_per_token": used, **total.row})
-    return rows
+    rows = [quality_row("stock", stock_bytes, stock_bytes, stock_sums)]
+    return rows + [
+        quality_row(cache.name, cache.bytes_per_token, stock_bytes, total)
+        for cache, total in zip(caches, sums, strict=True)
+    ]
+
+
+def quality_row(name: str, bytes_per_token: int, stock_bytes: int, sums: Sums) -> dict[str, Any]:
+    """One row of `measure`. Raises ValueError where what was measured is not finite."""
+    measured = sums.row
+    if not all(map(math.isfinite, measured.values())):
+        raise ValueError(
+            f"{name} at {bytes_per_token} bytes per token: log-probabilities are not finite; measure in float32"
+        )
+    return {"name": name, "budget": bytes_per_token / stock_bytes, "bytes_per_token": bytes_per_token, **measured}
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_mkv.adapter import Adapter, choose_budget, digest
-from vllm_mkv.evaluation.ranks import draw_ranks, rank_table
+from vllm_mkv.evaluation.widths import draw_widths, widths_table
 
 ITEMSIZE = 2
 """Bytes of bfloat16 and float16, in which almost every model is served."""
 
 
 def print_info(folder: Path, budget: float | None, plot: str | None) -> None:
-    """Prints what the adapter in `folder` is and costs at a budget; draws its ranks where `plot` names a file."""
+    """Prints what the adapter in `folder` is and costs at a budget; draws its widths where `plot` names a file."""
     adapter = Adapter.load(folder)
     config = adapter.config
     asked = choose_budget(budget, config)
@@ -46,9 +46,9 @@ def print_info(folder: Path, budget: float | None, plot: str | None) -> None:
     console.print(table)
     if config.quality:
         console.print(quality_rows(config.quality))
-    console.print(rank_table(allocation))
+    console.print(widths_table(allocation))
     if plot:
-        draw_ranks(allocation, f"{folder.name} at {used / stock:.3f} of the cache", plot)
+        draw_widths(allocation, f"{folder.name} at {used / stock:.3f} of the cache", plot)
         console.print(f"drew {plot}")
 
 

@@ -7,16 +7,20 @@ Shapes: G latent groups, J heads per group, d head size, n = J d. All matrices c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mkv_kernels.layout import BLOCK
 from vllm_mkv.adapter import LayerBases
 from vllm_mkv.fit.statistics import LayerStatistics
 
 LEAST_SHARE, LARGEST_SHARE = 1e-6, 1.0
 """Of the mean eigenvalue, what is added to every eigenvalue before a covariance is inverted."""
+LEAST_SHARE_OF_BLOCK = 1e-4
+"""Of the largest variance along a direction of a block, what whitening takes that along any other for at least."""
 INVERSE_TARGET = 1e-5
 """Largest entry of `A B^T - I` in float32 that is good enough: a hundredth of what an adapter may have."""
 
@@ -99,6 +103,62 @@ def block_diagonal(blocks: Tensor, group_heads: int) -> Tensor:
     heads = torch.arange(J, device=blocks.device)
     out[:, heads, :, heads] = blocks.view(H // J, J, d, d).transpose(0, 1)
     return out.view(H // J, J * d, J * d)
+
+
+def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
+    """The same nested blocks of 16 coordinates, each of unit covariance and then rotated by a Hadamard matrix.
+
+    So the coordinates of a block look alike, and like those of any other block, as one quantiser for all wants them.
+    The subspaces do not change. It does not matter whether the bases were whitened before.
+    """
+    A, B = _whiten(bases.A, statistics.key.covariance)
+    C, D = _whiten(bases.C, statistics.value.covariance)
+    return replace(bases, A=A, B=B, C=C, D=np.ascontiguousarray(D.swapaxes(-1, -2)))
+
+
+def _whiten(down: np.ndarray, covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """From `down`, float32 [G, n, n], and the covariance of what it projects, [G, n, n]: a pair with down up^T = I."""
+    blocks = torch.from_numpy(down).to(covariance).unflatten(-1, (-1, BLOCK)).transpose(1, 2)
+    values, vectors = torch.linalg.eigh(blocks.mT @ covariance[:, None] @ blocks)
+    # A direction that hardly varied is not blown up without bound: it might vary where the model is served, and beside
+    # directions that vary much it would leave little of float32 to them.
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    squares = (blocks @ vectors).square().sum(-2)
+    most = (values / squares).amax(-1, keepdim=True)
+    least = torch.maximum(LEAST_SHARE * torch.where(mean > 0, mean, 1.0), LEAST_SHARE_OF_BLOCK * most)
+    turn = vectors * torch.maximum(values, least * squares).rsqrt()[..., None, :] @ hadamard(BLOCK).to(vectors)
+    new_down = (blocks @ turn).transpose(1, 2).flatten(-2).float()
+    new_up = torch.linalg.inv(new_down.double()).mT.float().contiguous()
+    return new_down.cpu().numpy(), new_up.cpu().numpy()
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's orthogonal matrix of entries +-1 / sqrt(size), [size, size] float64; `size` is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix) / 2**0.5
+    return matrix
+
+
+def block_weights(bases: LayerBases, statistics: LayerStatistics, output: Tensor | None) -> np.ndarray:
+    """What an error of unit variance in every coordinate of a block adds to the squared error of scores or outputs.
+
+    For keys, to E[(q.k - q.k^)^2] summed over query heads; for values, to E[|(v - v^) W_O|^2]. `output` is as in
+    `query_bases`; None counts the error of v itself.
+
+    Returns:
+        float64 [G, 2, blocks], keys before values.
+    """
+    J = statistics.group_heads
+    queries = block_diagonal(statistics.query_second, J)
+    identity = torch.eye(queries.shape[-1]).to(queries)
+    metrics = (queries, identity if output is None else block_diagonal(output.to(queries), J))
+    ups = (bases.B, bases.D.swapaxes(-1, -2))
+    weights = []
+    for side, metric in zip(ups, metrics, strict=True):
+        up = torch.from_numpy(np.ascontiguousarray(side)).to(metric)
+        weights.append(((metric @ up) * up).sum(1))
+    return torch.stack(weights, dim=1).unflatten(-1, (-1, BLOCK)).sum(-1).cpu().numpy()
 
 
 INPUT_PROJECTIONS = frozenset(

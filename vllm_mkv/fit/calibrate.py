@@ -17,10 +17,10 @@ from vllm_mkv import __version__
 from vllm_mkv.adapter import Adapter, AdapterConfig, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
 from vllm_mkv.evaluation.card import model_card
-from vllm_mkv.evaluation.quality import measure
+from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.attention import attention_layers, intercepted
-from vllm_mkv.fit.bases import BASES, output_metric
+from vllm_mkv.fit.bases import BASES, output_metric, whitened
 from vllm_mkv.fit.data import batches, split_windows, token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
 from vllm_mkv.fit.statistics import Statistics
@@ -107,7 +107,9 @@ def calibrate(
     )
     adapter = Adapter(config, bases, path)
     if eval_windows:
-        rows = measure(network, held_out, adapter, reachable_allocations(path, network.dtype.itemsize))
+        itemsize = network.dtype.itemsize
+        caches = projected_caches(adapter, reachable_allocations(path, itemsize), itemsize)
+        rows = measure(network, held_out, caches, stock_bytes=adapter.shape.stock_bytes_per_token(itemsize))
         adapter = Adapter(config.model_copy(update={"quality": rows}), bases, path)
     adapter.save(output, model_card(adapter.config))
     return adapter
@@ -118,12 +120,24 @@ def fit_bases(
     model: PreTrainedModel, fingerprint: ModelFingerprint, windows: np.ndarray, *, basis: str, group_heads: int
 ) -> tuple[LayerBases, ...]:
     """Bases of every layer from the statistics of `windows`, int64 [windows, context]."""
+    metrics = output_metrics(model, fingerprint) if basis == "query" else {}
+    statistics = attention_statistics(model, group_heads, windows)
+    bases = []
+    for layer in tqdm(sorted(statistics), unit="layer", desc=f"{basis} bases", disable=None):
+        found = statistics.pop(layer)
+        bases.append(whitened(BASES[basis](found, metrics.get(layer)), found))
+    return tuple(bases)
+
+
+@torch.inference_mode()
+def attention_statistics(model: PreTrainedModel, group_heads: int, windows: np.ndarray) -> Statistics:
+    """Moments of every layer over `windows`, int64 [windows, context]: one forward pass.
+
+    Raises:
+        ValueError: queries, keys or values are not finite.
+        NotImplementedError: the model's attention is of a kind that is not supported.
+    """
     layers = attention_layers(model)
-    heads, kv_heads, d = fingerprint.num_attention_heads, fingerprint.num_key_value_heads, fingerprint.head_size
-    metrics = {
-        layer: output_metric(module, heads, kv_heads, d) if basis == "query" else None
-        for layer, module in layers.items()
-    }
     statistics = Statistics(group_heads)
     progress = tqdm(total=windows.size, unit="tok", desc="statistics", disable=None)
     with intercepted(model, statistics), progress:
@@ -131,12 +145,15 @@ def fit_bases(
             # Without the language modelling head: logits would take most of the memory.
             model.base_model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
             progress.update(batch.size)
-    bases = []
-    for layer in tqdm(layers, unit="layer", desc=f"{basis} bases", disable=None):
-        found = statistics.pop(layer)
-        found.check(layer)
-        bases.append(BASES[basis](found, metrics[layer]))
-    return tuple(bases)
+    for layer in layers:
+        statistics[layer].check(layer)
+    return statistics
+
+
+def output_metrics(model: PreTrainedModel, fingerprint: ModelFingerprint) -> dict[int, torch.Tensor]:
+    """`output_metric` of every layer. Raises NotImplementedError where an output projection is not plain."""
+    heads, kv_heads, d = fingerprint.num_attention_heads, fingerprint.num_key_value_heads, fingerprint.head_size
+    return {layer: output_metric(module, heads, kv_heads, d) for layer, module in attention_layers(model).items()}
 
 
 def cache_shape(fingerprint: ModelFingerprint, group_heads: int) -> CacheShape:
@@ -166,10 +183,12 @@ def _reachable(path: AllocationPath, budget: float) -> float:
     return budget
 
 
-def reachable_allocations(path: AllocationPath, itemsize: int) -> list[Allocation]:
-    """Allocations at those of `MEASURED_BUDGETS` that the path reaches."""
+def reachable_allocations(
+    path: AllocationPath, itemsize: int, budgets: Sequence[float] = MEASURED_BUDGETS
+) -> list[Allocation]:
+    """Allocations at those of `budgets`, falling, that the path reaches."""
     allocations = []
-    for budget in MEASURED_BUDGETS:
+    for budget in budgets:
         try:
             allocations.append(path.replay(budget, itemsize=itemsize))
         except ValueError:

@@ -47,6 +47,16 @@ class Source:
     def fingerprint(self) -> ModelFingerprint:
         return ModelFingerprint.of(self.config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights are stored in, as the configuration names it."""
+        return getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype or torch.bfloat16
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the model's own cache: of the dtype that its weights are stored in."""
+        return self.dtype.itemsize
+
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.name, **self._where)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of what the engine computes: attention on keys and values that went through a truncated basis.
+"""The reference of what the engine computes: attention on keys and values that went through the cache's coordinates.
 
-    k^ = (k - key_mean) A[:, :rank] B[:, :rank]^T + key_mean
-    v^ = (v - value_mean) C[:, :rank] D[:rank] + value_mean
+    k^ = quantised((k - key_mean) A) B^T + key_mean
+    v^ = quantised((v - value_mean) C) D + value_mean
 
+where `quantised` gives every block of 16 coordinates the width that it has in the allocation (`codes.round_trip`).
 The engine never rebuilds k^ or v^, but its scores and outputs are these: the keys' mean shifts all scores of a query
 alike, which softmax ignores, and a dropped value coordinate is its mean.
 
@@ -12,14 +13,16 @@ Shapes: B batch, G latent groups, J heads per group, S tokens, d head size, n = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import BLOCK, KEY, VALUE, BlockWidths
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.allocation import Allocation
@@ -38,9 +41,13 @@ def by_head(groups: Tensor, group_heads: int) -> Tensor:
     return groups.reshape(B, G, S, group_heads, n // group_heads).transpose(2, 3).reshape(B, G * group_heads, S, -1)
 
 
+Quantiser = Callable[[Tensor, BlockWidths], Tensor]
+"""Coordinates [.., n] and their widths to the coordinates that the cache gives back."""
+
+
 @dataclass(frozen=True)
 class Projection:
-    """One side of one layer, down to the ranks and up again; `down` is 0 in the columns beyond a group's own rank."""
+    """One side of one layer: down to the coordinates, through their widths, and up again."""
 
     down: Tensor
     """[G, n, r]"""
@@ -48,17 +55,29 @@ class Projection:
     """[G, r, n]"""
     mean: Tensor
     """[G, 1, n]"""
+    runs: tuple[tuple[list[int], BlockWidths], ...]
+    """Groups of equal widths, and these, cut to the r coordinates that any group stores."""
     group_heads: int
+    quantiser: Quantiser
 
     @classmethod
     def of(
-        cls, down: np.ndarray, up: np.ndarray, mean: np.ndarray, widths: list[BlockWidths], group_heads: int
+        cls,
+        down: np.ndarray,
+        up: np.ndarray,
+        mean: np.ndarray,
+        widths: list[BlockWidths],
+        group_heads: int,
+        quantiser: Quantiser,
     ) -> Projection:
         """From `down` [G, n, n], `up` [G, n, n], `mean` [G, n] and the block widths of every group."""
-        kept = torch.from_numpy(np.repeat(np.array(widths) > 0, BLOCK, axis=1))
-        rank = int(kept.sum(1).max())
-        full = torch.from_numpy(down) * kept[:, None, :]
-        return cls(full[:, :, :rank], torch.from_numpy(up)[:, :rank], torch.from_numpy(mean)[:, None], group_heads)
+        blocks = max(sum(width > 0 for width in side) for side in widths)
+        by_widths: dict[BlockWidths, list[int]] = {}
+        for group, side in enumerate(widths):
+            by_widths.setdefault(side[:blocks], []).append(group)
+        down_r, up_r = torch.from_numpy(down[:, :, : blocks * BLOCK]), torch.from_numpy(up[:, : blocks * BLOCK])
+        runs = tuple((groups, side) for side, groups in by_widths.items())
+        return cls(down_r, up_r, torch.from_numpy(mean)[:, None], runs, group_heads, quantiser)
 
     def like(self, heads: Tensor) -> Projection:
         """On the device of `heads`, in its dtype or in float32, whichever is wider."""
@@ -66,12 +85,15 @@ class Projection:
         if self.down.device == heads.device and self.down.dtype == dtype:
             return self
         down, up, mean = (tensor.to(heads.device, dtype) for tensor in (self.down, self.up, self.mean))
-        return Projection(down, up, mean, self.group_heads)
+        return replace(self, down=down, up=up, mean=mean)
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[B, Hkv, S, d] -> [B, Hkv, S, d]"""
-        x = by_group(heads.to(self.down.dtype), self.group_heads) - self.mean
-        return by_head(x @ self.down @ self.up + self.mean, self.group_heads).to(heads.dtype)
+        x = (by_group(heads.to(self.down.dtype), self.group_heads) - self.mean) @ self.down
+        quantised = torch.empty_like(x)
+        for groups, widths in self.runs:
+            quantised[:, groups] = self.quantiser(x[:, groups], widths)
+        return by_head(quantised @ self.up + self.mean, self.group_heads).to(heads.dtype)
 
 
 class Truncation:
@@ -79,37 +101,31 @@ class Truncation:
 
     Raises:
         ValueError: the allocation is not for this adapter.
-        NotImplementedError: the allocation has coordinates of a width other than 16 and 0.
     """
 
-    def __init__(self, adapter: Adapter, allocation: Allocation) -> None:
+    def __init__(self, adapter: Adapter, allocation: Allocation, quantiser: Quantiser = round_trip) -> None:
         if allocation.shape != adapter.shape:
             raise ValueError(f"the allocation is for {allocation.shape}, and the adapter has {adapter.shape}")
-        self.head_size = adapter.config.model.head_size
-        heads = adapter.config.group_heads
+        model, heads = adapter.config.model, adapter.config.group_heads
+        self.head_size, self.num_heads = model.head_size, adapter.shape.num_groups * heads
         self.layers: dict[int, tuple[Projection, Projection]] = {}
         for layer, bases, widths in zip(adapter.config.layers, adapter.bases, allocation.widths, strict=True):
-            for width in {width for group in widths for side in group for width in side} - {16, 0}:
-                raise NotImplementedError(
-                    f"coordinates of {width} bits are not computed by this version; use an allocation of 16 and 0 bits"
-                )
             keys, values = ([group[side] for group in widths] for side in (KEY, VALUE))
             self.layers[layer] = (
-                Projection.of(bases.A, bases.B.swapaxes(-1, -2), bases.key_mean, keys, heads),
-                Projection.of(bases.C, bases.D, bases.value_mean, values, heads),
+                Projection.of(bases.A, bases.B.swapaxes(-1, -2), bases.key_mean, keys, heads, quantiser),
+                Projection.of(bases.C, bases.D, bases.value_mean, values, heads, quantiser),
             )
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         layer = layer_index(module)
         if layer not in self.layers:
             raise ValueError(f"the adapter has no bases for layer {layer}, so it was made for another model")
-        keys, values = self.layers[layer]
-        G, n = keys.down.shape[:2]
-        if key.shape[-1] != self.head_size or key.shape[1] * key.shape[-1] != G * n:
+        if key.shape[-1] != self.head_size or key.shape[1] != self.num_heads:
             raise ValueError(
-                f"the adapter is for {G * n // self.head_size} KV heads of {self.head_size}, and layer {layer} has "
+                f"the adapter is for {self.num_heads} KV heads of {self.head_size}, and layer {layer} has "
                 f"{key.shape[1]} of {key.shape[-1]}; make an adapter for this model with `vllm-mkv calibrate`"
             )
+        keys, values = self.layers[layer]
         self.layers[layer] = keys, values = keys.like(key), values.like(value)
         return keys(key), values(value)
 
@@ -122,6 +138,6 @@ def truncated(model: PreTrainedModel, adapter: Adapter, allocation: Allocation) 
 
     Raises:
         ValueError: the allocation is not for this adapter, or the adapter not for this model (from the forward pass).
-        NotImplementedError: names what of the allocation or of the model's attention is not supported.
+        NotImplementedError: names what of the model's attention is not supported.
     """
     return intercepted(model, Truncation(adapter, allocation))

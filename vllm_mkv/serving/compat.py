@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from vllm.config import VllmConfig
@@ -255,3 +256,25 @@ def memo_on_step(step: Any, build: Callable[[], Any]) -> Any:
         memo = (id(step), build())
         step._mkv_memo = memo
     return memo[1]
+
+
+@contextmanager
+def prompt_logprobs_as_arrays() -> Iterator[None]:
+    """Inside it, `RequestOutput.prompt_logprobs` is a pair of arrays: token ids and log-probabilities, [rows, K] each.
+
+    Private: replaces LogprobsProcessor._update_prompt_logprobs, which makes several Python objects of every number:
+    some 10 GB for 1024 tokens of a vocabulary of 100,000. Removable when prompt_logprob_token_ids, whose
+    log-probabilities vLLM hands out as an array, works on the CPU too.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    original = LogprobsProcessor._update_prompt_logprobs
+
+    def keep(self: Any, tensors: Any) -> None:
+        self.prompt_logprobs = (tensors.logprob_token_ids.numpy(), tensors.logprobs.numpy())
+
+    LogprobsProcessor._update_prompt_logprobs = keep  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LogprobsProcessor._update_prompt_logprobs = original  # type: ignore[method-assign]

@@ -16,6 +16,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from mkv_kernels.bases import LayerBases
+from mkv_kernels.codes import multipliers
+from mkv_kernels.layout import VALUE
 from vllm_mkv.allocation import split_groups
 from vllm_mkv.serving import compat, fold
 from vllm_mkv.serving.attention import MKVAttentionImpl
@@ -115,7 +117,9 @@ def _adapt_layer(layer: Attention, plan: ServingPlan, position: int, qkv: Any, o
     if qkv is not None:
         fold.fold_down(qkv, layer, C)
     if out is not None:
-        fold.fold_up(out, layer, D)
+        widths = plan.allocation.widths[position]
+        steps = torch.stack([multipliers(widths[group][VALUE]) for group in groups])
+        fold.fold_up(out, layer, D * steps[:, :, None])
     cut = partial(
         LayerBases.cut,
         A=mine(bases.A),

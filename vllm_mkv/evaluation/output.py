@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that a measurement ends in: checked before it, written whole or not at all after it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_file(file: str | Path) -> None:
+    """Raises ValueError unless `file` can be written: its folder is there, and it is no folder itself."""
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {file.parent} to write {file.name} into; make it, or name another")
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{file.parent} is not writable; name a file in another folder")
+
+
+def write_whole(file: str | Path, data: bytes) -> None:
+    """Writes a file at once: after an interruption, or on a full disk, it is what it was before."""
+    file = Path(file)
+    handle, staging = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(staging, 0o644)
+        os.replace(staging, file)
+    finally:
+        Path(staging).unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the allocation path of an adapter: probes, exchange rates, steps of least damage per byte; then measures it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from mkv_kernels.codes import MEAN_SQUARED_ERRORS
+from mkv_kernels.layout import KEY, VALUE, BlockWidths
+from vllm_mkv import __version__
+from vllm_mkv.adapter import Adapter, LayerBases, check_output
+from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder, split_groups
+from vllm_mkv.evaluation.card import model_card
+from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
+from vllm_mkv.fit.bases import block_weights, whitened
+from vllm_mkv.fit.calibrate import attention_statistics, choose_context, output_metrics, reachable_allocations
+from vllm_mkv.fit.data import split_windows, token_windows
+from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.path import least_damage_path
+from vllm_mkv.fit.truncation import Truncation
+
+WIDTHS = (16, 8, 4, 2, 0)
+DEFAULT_TOKENS = 32_768
+DEFAULT_EVAL_WINDOWS = 16
+DEFAULT_BUDGET = 0.25
+"""Of a path with widths between 16 and 0."""
+MEASURED_BUDGETS = (0.75, 0.5, 0.375, 0.25, 0.167, 0.125, 0.09, 0.07)
+PROBE_WIDTH = 2
+EXPONENTS = (1.0, 0.85, 0.7, 0.55)
+TRIED_BUDGET, TRIED_BUDGET_OF_RANKS = 0.125, 0.375
+LEAST_SHARE = 0.01
+"""Of the mean side's cost, what any side's is taken for at least."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found out about a model.
+
+    Shapes:
+        rates:   [layers, 2], e: what a unit of predicted error costs
+        weights: [layers, groups, 2, blocks], w: predicted error for a unit of variance in every coordinate of a block
+    """
+
+    bases: tuple[LayerBases, ...]
+    rates: np.ndarray
+    weights: np.ndarray
+    exponent: float
+    """That the measured rates were raised to."""
+    passes: int
+    """Forward passes of the calibration set that it took."""
+
+    @property
+    def damage(self) -> np.ndarray:
+        return self.rates[:, None, :, None] * self.weights
+
+
+def search(
+    adapter: Adapter,
+    text: Sequence[str],
+    *,
+    output: str | Path,
+    widths: Sequence[int] = WIDTHS,
+    shards: int = 1,
+    tokens: int = DEFAULT_TOKENS,
+    context: int | None = None,
+    eval_windows: int = DEFAULT_EVAL_WINDOWS,
+    seed: int = 0,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Adapter, Found]:
+    """Gives an adapter the path of least damage and writes it to the folder `output`, whole or not at all.
+
+    Args:
+        text: files, folders or datasets; see `vllm_mkv.fit.data.token_windows`.
+        output: a folder that is new, empty or an adapter; it may be the adapter itself.
+        widths: that blocks of 16 coordinates may have, falling from 16; (16, 0) finds ranks alone.
+        shards: tensor-parallel ranks among which every prefix of the path is balanced.
+        tokens: of the calibration set, rounded to windows.
+        context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
+        eval_windows: windows, none of them probed on, to measure quality on; 0 for none.
+        seed: of the choice of windows.
+        model: folder or Hub repository; None for the one that the adapter was made for.
+        dtype, device: see `vllm_mkv.fit.model.Source.load`.
+        revision, trust_remote_code: of the model's Hub repository.
+
+    Raises:
+        ValueError: an argument or a text is wrong; says which and what to do.
+        NotImplementedError: the model's attention is of a kind that is not supported; names it.
+    """
+    check_width_ladder(widths)
+    split_groups(range(adapter.shape.num_groups), shards)
+    if eval_windows < 0:
+        raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
+    check_output(output)
+    config = adapter.config
+    source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
+    adapter.check_model(source.fingerprint)
+    context = choose_context(source.config, context)
+    num_windows = round(tokens / context)
+    if num_windows < 1:
+        raise ValueError(f"{tokens} tokens are no window of {context}; use more --tokens or a shorter --context")
+    windows = token_windows(
+        text, source.tokenizer(), num_windows=num_windows + eval_windows, context=context, seed=seed
+    )
+    windows, held_out = split_windows(windows, eval_windows)
+    network = source.load(dtype, device)
+    found = probe(network, adapter, windows, widths)
+    path = least_damage_path(adapter.shape, found.damage, widths, shards)
+    made = {
+        "by": f"vllm-mkv {__version__} search",
+        "text": [str(name) for name in text],
+        "tokens": windows.size,
+        "context": context,
+        "seed": seed,
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "widths": list(widths),
+        "shards": shards,
+        "exponent": found.exponent,
+        "passes": found.passes,
+    }
+    config = config.model_copy(
+        update={"made": {**config.made, "search": made}, "default_budget": default_budget(path), "quality": []}
+    )
+    searched = Adapter(config, found.bases, path)
+    if eval_windows:
+        itemsize = source.itemsize
+        caches = projected_caches(searched, reachable_allocations(path, itemsize, MEASURED_BUDGETS), itemsize)
+        rows = measure(network, held_out, caches, stock_bytes=adapter.shape.stock_bytes_per_token(itemsize))
+        searched = replace(searched, config=config.model_copy(update={"quality": rows}))
+    searched.save(output, model_card(searched.config))
+    return searched, found
+
+
+def default_budget(path: AllocationPath) -> float:
+    """What to serve at where nobody says: `DEFAULT_BUDGET` with tiers, half the cache with ranks alone."""
+    for budget in (DEFAULT_BUDGET if set(path.widths) - {16, 0} else 0.5, 0.5):
+        try:
+            path.replay(budget)
+        except ValueError:
+            continue
+        return budget
+    return 1.0
+
+
+def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:
+    """Whitens the bases anew and measures what an error in every side of every layer costs.
+
+    A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by what was
+    predicted, is its rate. Seen from there, and not from a model without errors, sides count as they do where bytes are
+    short: errors add up, and hide one another. What rates exaggerate all the same is found by trying: of the rates to
+    the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one small budget.
+
+    Forward passes of `windows`: one for the statistics, twice one for what the model itself predicts, one with every
+    side quantised, one per layer and side, and one per exponent.
+    """
+    try:
+        metrics = output_metrics(model, adapter.config.model)
+    except NotImplementedError as error:
+        # Within a layer, values are then weighed alike; between layers, the probes weigh them as ever.
+        warnings.warn(f"errors of values are weighed before the output projection: {error}", stacklevel=2)
+        metrics = {}
+    statistics = attention_statistics(model, adapter.config.group_heads, windows)
+    bases, weights = [], []
+    for layer, of_layer in zip(adapter.config.layers, adapter.bases, strict=True):
+        found = statistics.pop(layer)
+        bases.append(whitened(of_layer, found))
+        weights.append(block_weights(bases[-1], found, metrics.get(layer)))
+    prepared, shape = replace(adapter, bases=tuple(bases)), adapter.shape
+    places = [(layer, side) for layer in range(shape.num_layers) for side in (KEY, VALUE)]
+    allocations = [spared(shape, place) for place in (None, *places)]
+    caches = [Cache("probe", Truncation(prepared, allocation), 0) for allocation in allocations]
+    everything, *others = (row["kl"] for row in measure(model, windows, caches, stock_bytes=1)[1:])
+    stacked = np.stack(weights)
+    predicted = stacked.sum((1, 3)) * MEAN_SQUARED_ERRORS[PROBE_WIDTH]
+    saved = everything - np.array(others).reshape(shape.num_layers, 2)
+    # A side whose errors do the others good is one that costs next to nothing.
+    saved = np.maximum(saved, LEAST_SHARE * everything / len(places))
+    rates = saved / np.where(predicted > 0, predicted, 1.0)
+    tried = [Found(tuple(bases), rates**exponent, stacked, exponent, 0) for exponent in EXPONENTS]
+    paths = [least_damage_path(shape, found.damage, widths) for found in tried]
+    budget = TRIED_BUDGET if set(widths) - {16, 0} else TRIED_BUDGET_OF_RANKS
+    caches = projected_caches(prepared, [smallest_above(path, budget) for path in paths], 2)
+    divergences = [row["kl"] for row in measure(model, windows, caches, stock_bytes=1)[1:]]
+    return replace(tried[int(np.argmin(divergences))], passes=4 + len(places) + len(EXPONENTS))
+
+
+def spared(shape: CacheShape, place: tuple[int, int] | None) -> Allocation:
+    """Everything at `PROBE_WIDTH` bits, but the side `place` = (layer, side) at 16."""
+    full, low = ((bits,) * shape.num_blocks for bits in (16, PROBE_WIDTH))
+
+    def width(layer: int, side: int) -> BlockWidths:
+        return full if place == (layer, side) else low
+
+    groups = [(width(layer, KEY), width(layer, VALUE)) for layer in range(shape.num_layers)]
+    return Allocation(shape, tuple((group,) * shape.num_groups for group in groups))
+
+
+def smallest_above(path: AllocationPath, budget: float) -> Allocation:
+    """The allocation at a budget, or where the path ends above it, the last one."""
+    try:
+        return path.replay(budget)
+    except ValueError:
+        return path.smallest()
