@@ -50,9 +50,20 @@ def in_tiers(x: Tensor, widths: BlockWidths, of_tier: Callable[[Tensor, int, Ten
     return torch.cat(parts, dim=-1)
 
 
-def uniform_codes(y: Tensor, width: int) -> Tensor:
+GAUSSIAN_STEPS = {8: 0.030762, 4: 0.335201, 2: 0.995687}
+
+
+def uniform_codes(y: Tensor, width: int, steps: dict[int, float] = STEPS) -> Tensor:
     half = 1 << (width - 1)
-    return (torch.floor(y / STEPS[width]).clamp(-half, half - 1) + 0.5) * STEPS[width]
+    return (torch.floor(y / steps[width]).clamp(-half, half - 1) + 0.5) * steps[width]
+
+
+def gaussian_steps(x: Tensor, widths: BlockWidths) -> Tensor:
+    def of_tier(part: Tensor, width: int, quantised: Tensor) -> Tensor:
+        scale = token_scales(quantised).to(part.dtype)[..., None]
+        return uniform_codes(part / scale, width, GAUSSIAN_STEPS) * scale
+
+    return in_tiers(x, widths, of_tier)
 
 
 def no_scale(x: Tensor, widths: BlockWidths) -> Tensor:
@@ -178,6 +189,10 @@ def same(value: Any) -> Any:
     return value
 
 
+def as_measured(found: Found) -> Found:
+    return replace(found, rates=found.rates ** (1 / found.exponent))
+
+
 def greedy(shape: CacheShape, found: Found) -> AllocationPath:
     return least_damage_path(shape, found.damage, WIDTHS)
 
@@ -205,6 +220,8 @@ VARIANTS = (
     Variant("a scale per tier", quantiser=scale_per_tier, extra_bytes=lambda a: 2 * (_coded_tiers(a) - _scales(a))),
     Variant("scale of 8 bits", quantiser=scale_of_8_bits, extra_bytes=lambda a: -_scales(a)),
     Variant("no exchange rates", path=lambda s, f: least_damage_path(s, f.weights, WIDTHS)),
+    Variant("rates as measured", path=lambda s, f: least_damage_path(s, as_measured(f).damage, WIDTHS)),
+    Variant("steps of a Gaussian", quantiser=gaussian_steps),
     Variant("blocks of 32", path=lambda s, f: blocks_of_32(s, f.damage)),
     Variant("Lloyd-Max codes", quantiser=lloyd_max_codes),
     Variant("exact allocation", exact=True),
