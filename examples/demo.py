@@ -297,7 +297,7 @@ def report(stock: Measured, mkv: Measured, choice: Choice, args: argparse.Namesp
     four_bit = choice.four_bit
     rows = (
         ("stock vLLM", f"{stock.cache_tokens:,}", stock.bytes_per_token, stock.perplexity, stock.kl),
-        ("4 bits per token and head (not served)", "-", four_bit["bytes_per_token"], None, four_bit["kl"]),
+        ("4 bits, not served", "-", four_bit["bytes_per_token"], None, four_bit["kl"]),
         (f"MKV, budget {choice.budget:g}", f"{mkv.cache_tokens:,}", mkv.bytes_per_token, mkv.perplexity, mkv.kl),
     )
     for name, tokens, used, perplexity, kl in rows:

@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 export PATH="$here/../.venv/bin:$PATH"
 
 model=${1:-$here/books-4m}
-budget=${2:-0.4}
+budget=${2:-0.25}
 adapter=${3:-}
 port=${PORT:-8123}
 url=http://127.0.0.1:$port
