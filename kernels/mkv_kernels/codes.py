@@ -2,10 +2,10 @@
 """The quantiser of the tiers of 8, 4 and 2 bits: coordinates to codes, codes to bytes, and back.
 
 A quantised coordinate x of a token whose scale is s is stored as a code c in [0, 2^b) that stands for the odd integer
-o = 2 c - (2^b - 1), and o times half the tier's step times s is what it is worth: a uniform mid-rise quantiser without a
+o = 2 c - (2^b - 1), and o times half the tier's step times s is what it is worth: a uniform mid-rise quantiser with no
 zero point. Its step is a little wider than the one of least mean squared error for a unit Gaussian (J. Max, Quantizing
-for minimum distortion, 1960), which whitened coordinates, divided by the root mean square of the token's own, are close
-to.
+for minimum distortion, 1960), which whitened coordinates, divided by the root mean square of the token's own, are
+close to.
 
 Bytes: a tier of S coordinates takes S b / 8 bytes per token. Byte j holds, from its lowest bits on, the codes of the
 coordinates j, j + S b / 8, j + 2 S b / 8, ..: unpacking one of the 8 / b parts gives neighbours, and needs no shuffle.
@@ -18,8 +18,8 @@ import torch
 from mkv_kernels.layout import BLOCK, BlockWidths, SideLayout
 
 STEPS = {8: 0.034, 4: 0.37, 2: 1.15}
-"""Width of a level, in units of the token's scale. A tenth wider than what is best for a Gaussian (0.0308, 0.335, 0.996):
-tokens have blocks of more and of less energy than the scale that they share says, so the tails are heavier."""
+"""Width of a level, in units of the token's scale. A tenth wider than what is best for a Gaussian (0.0308, 0.335,
+0.996): tokens have blocks of more and of less energy than the scale that they share says, so the tails are heavier."""
 MEAN_SQUARED_ERRORS = {16: 0.0, 8: 9.758e-5, 4: 0.012275, 2: 0.127381, 0: 1.0}
 """Of a unit Gaussian at the steps above; a coordinate that is not stored is taken for its mean."""
 LEAST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
