@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of requests with few queries each: the context is split among programs, whose results are then combined.
+
+One program takes a request, a latent group and a split of the context; the rows of its products are all query heads of
+the group, times the queries of the request. It reads no coordinate beyond its group's ranks. How groups of different
+ranks are balanced is said at `table.Work`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from mkv_kernels.fused import launch
+from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable, power_of_two
+from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
+
+MAX_QUERIES = 16
+"""Queries per request, speculative ones included, up to which this is the kernel to call."""
+PROGRAMS_PER_PROCESSOR = 4
+"""Programs that hide each other's waiting for memory."""
+LEAST_TOKENS = 256
+"""A split of fewer costs more to combine than it saves."""
+
+
+# Numbers that change from step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_programs"])
+def _attend_kernel(
+    q_ptr,
+    cache_ptr,
+    memory_ptr,
+    scales_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    programs_ptr,
+    regions_ptr,
+    partial_ptr,
+    stats_ptr,
+    stride_q_token,
+    stride_q_group,
+    stride_q_head,
+    stride_cache,
+    stride_memory,
+    stride_scales,
+    stride_table,
+    stride_partial,
+    num_programs,
+    qk_scale,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """exp2(s - m) v', m and total over one split. Shapes, in float32: partial [T, P, J M, R], stats [T, P, J M, 2]."""
+    program, request = tl.program_id(0), tl.program_id(1)
+    group = tl.load(programs_ptr + 4 * program)
+    split = tl.load(programs_ptr + 4 * program + 1)
+    num_splits = tl.load(programs_ptr + 4 * program + 2)
+    seq_len = tl.load(seq_lens_ptr + request)
+    q_start = tl.load(query_start_loc_ptr + request)
+    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
+
+    tokens = tl.cdiv(tl.cdiv(seq_len, N), num_splits) * N
+    first = split * tokens
+    last = tl.minimum(first + tokens, seq_len)
+
+    rows = tl.program_id(2) * M + tl.arange(0, M)
+    q_index, head = rows // HEADS, rows % HEADS
+    row_mask = q_index < q_len
+    row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
+    token = (q_start + q_index).to(tl.int64)
+    query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
+    region_k = regions_ptr + group * (2 * FIELDS)
+    region_v = region_k + FIELDS
+    m, total, acc = attend_tokens(
+        query,
+        row_mask,
+        row_last,
+        first,
+        last,
+        (cache_ptr, memory_ptr, scales_ptr),
+        (stride_cache, stride_memory, stride_scales),
+        block_table_ptr + request.to(tl.int64) * stride_table,
+        region_k,
+        region_v,
+        qk_scale,
+        BLOCK_SIZE,
+        M,
+        N,
+        STAGES,
+        True,
+        PTX,
+        KEY,
+        VALUE,
+        PRECISION,
+    )
+
+    at = (token * num_programs + program) * HEADS + head
+    tl.store(stats_ptr + 2 * at, m, mask=row_mask)
+    tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
+    # A split beyond the request's context says so by m; nobody reads its part.
+    if first < last:
+        left = acc
+        for tier in tl.static_range(4):
+            if VALUE[0][tier] > 0:
+                _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
+                for tile in tl.static_range(0 + VALUE[1][tier]):
+                    col = tile * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
+                    for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+                        to = partial_ptr + (at * stride_partial)[:, None] + (begin + part * size + col)[None, :]
+                        tl.store(to, left[0], mask=row_mask[:, None] & (col < size)[None, :])
+                        left = left[1:]
+
+
+@triton.jit
+def _splits_of(stats_ptr, base, row_mask, num_splits, HEADS: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr):
+    """Over a group's splits: maximum and sum [ROWS], and how many splits, counted from the first, hold anything."""
+    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    used = 0
+    for start in range(0, num_splits, S):
+        split = start + tl.arange(0, S)
+        mask = row_mask[:, None] & (split < num_splits)[None, :]
+        at = 2 * (base[:, None] + (split * HEADS)[None, :])
+        b_m = tl.load(stats_ptr + at, mask=mask, other=float("-inf"))  # [ROWS, S]
+        b_l = tl.load(stats_ptr + at + 1, mask=mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(b_m, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        total = total * tl.exp2(m - shift) + tl.sum(b_l * tl.exp2(b_m - shift[:, None]), 1)
+        m = m_new
+        filled = tl.where(b_m > float("-inf"), split[None, :] + 1, 0)
+        used = tl.maximum(used, tl.max(tl.max(filled, 1), 0))
+    return tl.where(m == float("-inf"), 0.0, m), total, used
+
+
+@triton.jit
+def _combined(
+    partial_ptr,
+    stats_ptr,
+    base,
+    row_mask,
+    m,
+    total,
+    used,
+    col,
+    col_mask,
+    stride_partial,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Attended coordinates `col` of v', [ROWS, C]; 0 for rows that attended to nothing."""
+    acc = tl.zeros([ROWS, C], dtype=tl.float32)
+    for split in range(0, used):
+        at = base + split * HEADS
+        b_m = tl.load(stats_ptr + 2 * at, mask=row_mask, other=float("-inf"))
+        # Splits that hold nothing for a row may lie uninitialised.
+        mask = (b_m > float("-inf"))[:, None] & col_mask[None, :]
+        o = tl.load(partial_ptr + (at * stride_partial)[:, None] + col[None, :], mask=mask, other=0.0)
+        acc += o * tl.exp2(b_m - m)[:, None]
+    return acc * tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
+
+
+# Numbers that change from step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])
+def _combine_kernel(
+    partial_ptr,
+    stats_ptr,
+    spans_ptr,
+    regions_ptr,
+    up_ptr,
+    mean_ptr,
+    out_ptr,
+    num_rows,
+    num_programs,
+    stride_partial,
+    stride_out_token,
+    rank_max,
+    GROUP_HEADS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """o = (sum of splits) D + mean for rows (token, query head) of one KV head; without D where it is folded.
+
+    Shapes: up [G, J, R, d], mean [G, J, d], out [T, H, d].
+    """
+    HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
+    kv_head = tl.program_id(1)
+    group = kv_head // GROUP_HEADS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < num_rows
+    token, query_head = (row // QUERY_HEADS).to(tl.int64), row % QUERY_HEADS
+    first, num_splits = tl.load(spans_ptr + 2 * group), tl.load(spans_ptr + 2 * group + 1)
+    base = (token * num_programs + first) * HEADS + (kv_head % GROUP_HEADS) * QUERY_HEADS + query_head
+    m, total, used = _splits_of(stats_ptr, base, row_mask, num_splits, HEADS, ROWS, S)
+    rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
+    out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + query_head) * D
+    if FOLDED:
+        for start in tl.static_range(0, D_PADDED, C):
+            col = start + tl.arange(0, C)
+            o = _combined(
+                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
+            )
+            o += tl.load(mean_ptr + kv_head * D + col, mask=col < D, other=0.0)[None, :]
+            tl.store(
+                out[:, None] + col[None, :], o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (col < D)[None, :]
+            )
+    else:
+        i_d = tl.arange(0, D_PADDED)
+        acc = tl.zeros([ROWS, D_PADDED], dtype=tl.float32)
+        for start in range(0, rank, C):
+            col = start + tl.arange(0, C)
+            o = _combined(
+                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
+            )
+            at = up_ptr + kv_head.to(tl.int64) * rank_max * D + col[:, None] * D + i_d[None, :]
+            b_up = tl.load(at, mask=(col < rank)[:, None] & (i_d < D)[None, :], other=0.0)  # [C, D]
+            acc = tl.dot(o, b_up, acc, input_precision=PRECISION)
+        acc += tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
+        tl.store(
+            out[:, None] + i_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (i_d < D)[None, :]
+        )
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Buffers of one launch, of any layer whose needs they cover; flat, float32."""
+
+    partial: torch.Tensor
+    stats: torch.Tensor
+
+    @staticmethod
+    def sizes(table: LayerTable, num_tokens: int, num_heads: int, num_splits: int) -> tuple[int, int]:
+        """Numbers that `partial` and `stats` hold for at most so many tokens, query heads and splits."""
+        rows = num_tokens * len(table.work[num_splits].programs) * (num_heads // table.num_groups)
+        return rows * table.rank_v, rows * 2
+
+    @classmethod
+    def make(cls, table: LayerTable, num_tokens: int, num_heads: int, num_splits: int) -> DecodeWorkspace:
+        device = table.regions.device
+        sizes = cls.sizes(table, num_tokens, num_heads, num_splits)
+        return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes))
+
+
+def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_processors: int) -> int:
+    """Parts that the context of the largest group is cut into: a power of two, from shapes alone.
+
+    Args:
+        max_seq_len: bound of the requests' lengths; a CUDA graph must be captured with the bound that it serves.
+        num_processors: streaming multiprocessors of the device.
+    """
+    programs_per_split = num_requests * sum(table.costs)
+    wanted = min(PROGRAMS_PER_PROCESSOR * num_processors / programs_per_split, max_seq_len / LEAST_TOKENS, MAX_SPLITS)
+    return 1 << max(0, int(wanted).bit_length() - 1)
+
+
+def decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    table: LayerTable,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+    workspace: DecodeWorkspace,
+    *,
+    max_queries: int,
+    num_splits: int,
+) -> None:
+    """output = softmax(q' k'^T scale) v' D + mean for every token of requests of at most `max_queries` queries.
+
+    Shapes:
+        query: q', [T, G, J, M, R] with R at least the layer's largest key rank
+        cache: [num_blocks, 1, block_size, bytes_per_token / itemsize]
+        block_table: [B, blocks] int32
+        seq_lens: [B] int32, cached tokens of every request, this step's included
+        query_start_loc: [B + 1] int32
+        output: [T, H, d]; rows of tokens that belong to no request are left undefined
+    """
+    shapes = launch.check_attention(query, cache, table, block_table, seq_lens, query_start_loc, output)
+    if not 1 <= max_queries <= MAX_QUERIES:
+        raise ValueError(f"{max_queries} queries per request; decode takes 1 to {MAX_QUERIES}, prefill any number")
+    if num_splits not in table.work:
+        raise ValueError(f"{num_splits} splits; take a power of two up to {MAX_SPLITS}, see choose_splits")
+    T, J, M = query.shape[0], table.group_heads, query.shape[3]
+    work, num_requests = table.work[num_splits], seq_lens.shape[0]
+    num_programs = len(work.programs)
+    launch.check_buffers(
+        {"partial": workspace.partial, "stats": workspace.stats},
+        DecodeWorkspace.sizes(table, T, table.num_groups * J * M, num_splits),
+        query.device,
+    )
+    if num_requests == 0 or T == 0:
+        return
+    rows = max_queries * J * M
+    tiles = launch.Tiles.of_decode(table, rows, query.element_size(), launch.is_blackwell(_attend_kernel))
+    _attend_kernel[(num_programs, num_requests, triton.cdiv(rows, tiles.rows))](
+        query,
+        *shapes.pages,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        work.programs,
+        table.regions,
+        workspace.partial,
+        workspace.stats,
+        query.stride(0),
+        query.stride(1),
+        query.stride(3),
+        *shapes.strides,
+        block_table.stride(0),
+        table.rank_v,
+        num_programs,
+        scale * launch.LOG2_E,
+        BLOCK_SIZE=table.layout.block_size,
+        HEADS=J * M,
+        FIELDS=SIDE_FIELDS,
+        M=tiles.rows,
+        N=tiles.tokens,
+        STAGES=tiles.stages,
+        PTX=launch.has_ptx(_attend_kernel, query.dtype),
+        KEY=table.key.constants,
+        VALUE=table.value.constants,
+        PRECISION=launch.precision(query.dtype),
+        num_warps=tiles.warps,
+    )
+    d = table.head_size
+    combine_rows = 16 if T * M <= 512 else 64
+    _combine_kernel[(triton.cdiv(T * M, combine_rows), table.num_groups * J)](
+        workspace.partial,
+        workspace.stats,
+        work.spans,
+        table.regions,
+        table.value_mean if table.value_up is None else table.value_up,
+        table.value_mean,
+        output,
+        T * M,
+        num_programs,
+        table.rank_v,
+        output.stride(0),
+        table.rank_v,
+        GROUP_HEADS=J,
+        QUERY_HEADS=M,
+        FIELDS=SIDE_FIELDS,
+        ROWS=combine_rows,
+        C=32,
+        S=16,
+        D=d,
+        D_PADDED=power_of_two(d),
+        FOLDED=table.value_up is None,
+        PRECISION=launch.precision(query.dtype),
+        num_warps=4,
+    )

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launcher checks and derives: shapes, dtypes, strides and devices, with errors that name the mend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mkv_kernels.fused.table import LayerTable, power_of_two
+from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES
+
+LOG2_E = math.log2(math.e)
+SHARED_BYTES = 88 * 1024
+"""Of pages and queries; what the compiler adds stays below 11 KB, and 99 KB are what every GPU since 2020 has."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A cache as the kernels take it: the same memory as elements of the model's dtype, bytes, and float16 numbers."""
+
+    pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    strides: tuple[int, int, int]
+    """From block to block, in the same units."""
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: exactly in a float32 model, with 10 bits of mantissa in others.
+
+    The others' own numbers have 10 bits at most, so that only the bases are rounded.
+    """
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program takes at once: `rows` of queries and `tokens`, in `stages` buffers, by `warps` warps.
+
+    The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`): accumulators of all
+    value columns stay in registers; from 64 tokens (decode, whose products have the tokens as their rows) or 64 rows
+    (prefill) on, Hopper's tensor cores take q' from shared memory in place of registers.
+    """
+
+    rows: int
+    tokens: int
+    stages: int
+    warps: int
+
+    @classmethod
+    def of_decode(cls, table: LayerTable, rows: int, itemsize: int, blackwell: bool) -> Tiles:
+        columns = max(16, table.value.columns)
+        rows = min(64, max(16, power_of_two(rows)))
+        coded = any(table.key.chunks[1:]) or any(table.value.chunks[1:])
+        if coded or rows * columns > 64 * 320 or not _fits(table, rows, 64, 2, itemsize):
+            rows = 16
+        # Beside many accumulators, unpacked codes of 64 tokens leave no registers.
+        # For Blackwell, Triton 3.9 copies coded rows byte by byte where products have 64 rows, and refuses to.
+        most = 32 if (rows == 16 and columns > 320) or (coded and blackwell) else 64
+        tokens, stages = _tokens(table, rows, most, itemsize)
+        return cls(rows, tokens, stages, 4 if rows == 16 and columns <= 560 else 8)
+
+    @classmethod
+    def of_prefill(cls, table: LayerTable, query_heads: int, itemsize: int) -> Tiles:
+        columns = table.value.columns
+        rows = 128 if columns <= 192 else 64 if columns <= 384 else 16
+        # A tile holds whole tokens.
+        rows = max(rows, power_of_two(query_heads))
+        tokens, stages = _tokens(table, rows, 32, itemsize)
+        return cls(rows, tokens, stages, 4 if rows == 16 and columns <= 560 else 8)
+
+
+def _fits(table: LayerTable, rows: int, tokens: int, stages: int, itemsize: int) -> bool:
+    token_bytes = table.key.loaded_bytes(itemsize) + table.value.loaded_bytes(itemsize)
+    return stages * tokens * token_bytes + rows * table.key.columns * itemsize <= SHARED_BYTES
+
+
+def _tokens(table: LayerTable, rows: int, most: int, itemsize: int) -> tuple[int, int]:
+    """Tokens of a tile and its buffers: as many tokens as fit twice; 16 once, where they do not."""
+    for tokens in (64, 32, 16):
+        if tokens <= most and _fits(table, rows, tokens, 2, itemsize):
+            return tokens, 2
+    return 16, 1
+
+
+def has_ptx(kernel: Any, dtype: torch.dtype) -> bool:
+    """Whether a kernel may unpack codes with PTX: it is compiled, for CUDA, and computes in 16 bits."""
+    if dtype == torch.float32 or not isinstance(kernel, JITFunction):
+        return False
+    return driver.active.get_current_target().backend == "cuda"
+
+
+def is_blackwell(kernel: Any) -> bool:
+    if not isinstance(kernel, JITFunction):
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 100
+
+
+def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
+    layout = table.layout
+    expected = (1, layout.block_size, layout.bytes_per_token // layout.itemsize)
+    if tuple(cache.shape[1:]) != expected or cache.element_size() != layout.itemsize:
+        raise ValueError(
+            f"the cache is {list(cache.shape)} of {cache.dtype}; its pages should be {list(expected)} of "
+            f"{layout.itemsize} bytes"
+        )
+    if cache.stride(3) != 1 or cache.stride(2) != expected[2]:
+        raise ValueError(
+            f"the cache's pages are not dense (strides {cache.stride()}); use a layer-compact KV cache layout"
+        )
+    stride = cache.stride(0) * layout.itemsize
+    if cache.data_ptr() % ALIGNMENT or stride % ALIGNMENT:
+        raise ValueError(
+            f"the cache starts at {cache.data_ptr() % ALIGNMENT} bytes beyond a multiple of {ALIGNMENT} and its blocks "
+            f"lie {stride} bytes apart; both must be multiples of {ALIGNMENT}: pad the pages"
+        )
+    memory = cache.view(torch.uint8)
+    # The last dimension of a page in bytes is a multiple of 2, so float16 fits whatever the model's dtype is.
+    scales = cache.view(torch.float16)
+    return Pages((cache, memory, scales), (stride // layout.itemsize, stride, stride // SCALE_BYTES))
+
+
+def check_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    table: LayerTable,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    output: torch.Tensor,
+) -> Pages:
+    """Raises ValueError unless the arguments of decode and prefill fit each other."""
+    T, G, J, M, R = query.shape
+    if table.num_groups != G or table.group_heads != J or table.rank_k > R:
+        raise ValueError(
+            f"q' is {list(query.shape)}; this layer has {table.num_groups} latent groups of {table.group_heads} KV "
+            f"heads and key ranks up to {table.rank_k}: use the buffer that `store` filled for this layer"
+        )
+    if query.stride(4) != 1 or query.stride(2) != M * query.stride(3):
+        raise ValueError(f"the heads of a group must be rows of one stride in q' (strides {query.stride()})")
+    if tuple(output.shape) != (T, G * J * M, table.head_size):
+        raise ValueError(f"the output is {list(output.shape)}; it should be {[T, G * J * M, table.head_size]}")
+    if output.stride(2) != 1 or output.stride(1) != table.head_size:
+        raise ValueError(f"the output's heads are not dense (strides {output.stride()}); pass a dense tensor")
+    check_dtypes({"q'": query, "the cache": cache, "the output": output})
+    B = seq_lens.shape[0]
+    if query_start_loc.shape != (B + 1,) or block_table.shape[0] != B:
+        raise ValueError(
+            f"{B} sequence lengths, {query_start_loc.shape[0]} query starts and {block_table.shape[0]} rows of the "
+            "block table; there must be one of each per request, and one more query start"
+        )
+    integers = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
+    for name, tensor in integers.items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; it should be dense int32")
+    check_devices({"q'": query, "the cache": cache, "the output": output, **integers}, table)
+    return check_cache(cache, table)
+
+
+def check_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    table: LayerTable,
+    slots: torch.Tensor,
+    projected: torch.Tensor,
+) -> Pages:
+    """Raises ValueError unless the arguments of the store fit each other."""
+    T, H, d = query.shape
+    G, J = table.num_groups, table.group_heads
+    kv_heads = [T, G * J, table.head_size]
+    if d != table.head_size or H % (G * J) or [*key.shape] != kv_heads or [*value.shape] != kv_heads:
+        raise ValueError(
+            f"q {list(query.shape)}, k {list(key.shape)}, v {list(value.shape)}; this layer has {G} latent groups of "
+            f"{J} KV heads of {table.head_size}"
+        )
+    for name, tensor in {"q": query, "k": key, "v": value}.items():
+        if tensor.stride(2) != 1 or tensor.stride(1) != d:
+            raise ValueError(f"the heads of {name} are not dense (strides {tensor.stride()}); only tokens may be apart")
+    M, R = H // (G * J), projected.shape[4]
+    if tuple(projected.shape[:4]) != (T, G, J, M) or table.rank_k > R:
+        raise ValueError(
+            f"the buffer of q' is {list(projected.shape)}; it should be {[T, G, J, M]} by {table.rank_k} at least"
+        )
+    if projected.stride(4) != 1 or projected.stride(2) != M * projected.stride(3):
+        raise ValueError(f"the heads of a group must be rows of one stride in q' (strides {projected.stride()})")
+    if slots.shape != (T,) or slots.dtype != torch.int64 or slots.stride(0) != 1:
+        raise ValueError(f"slots are {list(slots.shape)} of {slots.dtype}; there should be one dense int64 per token")
+    check_dtypes({"q": query, "k": key, "v": value, "q'": projected, "the cache": cache})
+    tensors = {"q": query, "k": key, "v": value, "q'": projected, "the cache": cache, "slots": slots}
+    check_devices(tensors, table)
+    return check_cache(cache, table)
+
+
+def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1 or not set(dtypes.values()) <= set(DTYPES):
+        raise ValueError(f"dtypes {dtypes}: all must be the same one of {DTYPES}")
+
+
+def check_devices(tensors: dict[str, torch.Tensor], table: LayerTable) -> None:
+    elsewhere = [name for name, tensor in tensors.items() if tensor.device != table.regions.device]
+    if elsewhere:
+        raise ValueError(f"{', '.join(elsewhere)} not on {table.regions.device}, where the layer's bases are")
+
+
+def check_buffers(buffers: dict[str, torch.Tensor], sizes: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError unless the buffers of a workspace are dense, on the device, and large enough."""
+    for (name, buffer), size in zip(buffers.items(), sizes, strict=True):
+        if buffer.numel() < size or not buffer.is_contiguous() or buffer.device != device:
+            raise ValueError(
+                f"the workspace's {name} holds {buffer.numel()} numbers on {buffer.device}; this launch needs {size}, "
+                f"dense, on {device}: make the workspace for the largest launch"
+            )

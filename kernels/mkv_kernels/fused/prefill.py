@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention of requests with many queries each, of any mix of lengths and cached prefixes.
+
+One program takes a tile of one request's queries, in all query heads of one KV head, against all tokens that they see.
+It attends to the latent vectors of the whole group, for `J` > 1 too: rebuilding a head's keys and values from a tile of
+N tokens costs `2 N R d` products per tile of M rows, attending in the latent space `2 M N (R - d)` more than at full
+size; with M of 64 to 128 rows, d = 128 and R up to a half of 4 d, neither is much less than the other, and the latter
+needs no tile of rebuilt keys beside the accumulators. The product with D is the kernel's last step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mkv_kernels.fused import launch
+from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
+from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
+
+
+@triton.jit
+def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
+    """The request of a tile, given that request i's tiles start at tile `query_start_loc[i] // QUERIES + i`."""
+    left, right = 0, num_requests
+    while right - left > 1:
+        middle = (left + right) // 2
+        if tl.load(query_start_loc_ptr + middle) // QUERIES + middle <= tile:
+            left = middle
+        else:
+            right = middle
+    return left
+
+
+# Numbers that change from step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_requests"])
+def _prefill_kernel(
+    q_ptr,
+    cache_ptr,
+    memory_ptr,
+    scales_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    programs_ptr,
+    regions_ptr,
+    up_ptr,
+    mean_ptr,
+    out_ptr,
+    num_requests,
+    stride_q_token,
+    stride_q_group,
+    stride_q_head,
+    stride_cache,
+    stride_memory,
+    stride_scales,
+    stride_table,
+    stride_out_token,
+    rank_max,
+    qk_scale,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Shapes: q [T, G, J, M, R], up [G, J, R, d], mean [G, J, d], out [T, H, d]."""
+    # Later queries see more tokens; a launch should not end with them.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    request = _request_of(tile, query_start_loc_ptr, num_requests, QUERIES)
+    q_start = tl.load(query_start_loc_ptr + request)
+    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
+    q_first = (tile - (q_start // QUERIES + request)) * QUERIES
+    # Tiles before the first request, and behind the last one's queries, have no work.
+    if (q_first >= 0) & (q_first < q_len):
+        group = tl.load(programs_ptr + 4 * (tl.program_id(1) // GROUP_HEADS))
+        kv_head = group * GROUP_HEADS + tl.program_id(1) % GROUP_HEADS
+        context = tl.load(seq_lens_ptr + request) - q_len
+        row = tl.arange(0, M)
+        q_index = q_first + row // QUERY_HEADS
+        row_mask = (row < QUERIES * QUERY_HEADS) & (q_index < q_len)
+        row_last = tl.where(row_mask, context + q_index, -1)
+        token = (q_start + q_index).to(tl.int64)
+        head = (tl.program_id(1) % GROUP_HEADS) * QUERY_HEADS + row % QUERY_HEADS
+        region_k = regions_ptr + group * (2 * FIELDS)
+        region_v = region_k + FIELDS
+        _, total, acc = attend_tokens(
+            q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head,
+            row_mask,
+            row_last,
+            0,
+            context + tl.minimum(q_first + QUERIES, q_len),
+            (cache_ptr, memory_ptr, scales_ptr),
+            (stride_cache, stride_memory, stride_scales),
+            block_table_ptr + request.to(tl.int64) * stride_table,
+            region_k,
+            region_v,
+            qk_scale,
+            BLOCK_SIZE,
+            M,
+            N,
+            STAGES,
+            False,
+            PTX,
+            KEY,
+            VALUE,
+            PRECISION,
+        )
+
+        share = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+        i_d = tl.arange(0, D_PADDED)
+        out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + row % QUERY_HEADS) * D
+        to = out[:, None] + i_d[None, :]
+        mean = tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
+        result = tl.zeros([M, D_PADDED], dtype=tl.float32) + mean
+        left = acc
+        for tier in tl.static_range(4):
+            if VALUE[0][tier] > 0:
+                _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
+                for i in tl.static_range(0 + VALUE[1][tier]):
+                    col = i * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
+                    for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+                        at = begin + part * size + col
+                        o = left[0] * share
+                        if FOLDED:
+                            o += tl.load(mean_ptr + kv_head * D + at, mask=col < size, other=0.0)[None, :]
+                            tl.store(
+                                out[:, None] + at[None, :],
+                                o.to(out_ptr.dtype.element_ty),
+                                mask=row_mask[:, None] & (col < size)[None, :],
+                            )
+                        elif i * VALUE[0][tier] < size:
+                            b_up = tl.load(
+                                up_ptr + (kv_head.to(tl.int64) * rank_max + at[:, None]) * D + i_d[None, :],
+                                mask=(col < size)[:, None] & (i_d < D)[None, :],
+                                other=0.0,
+                            )  # [C, D]
+                            result = tl.dot(o, b_up, result, input_precision=PRECISION)
+                        left = left[1:]
+        inside = i_d < D
+        if FOLDED:
+            # A coordinate that is not stored counts as its mean.
+            inside = inside & (i_d >= rank_of(region_v))
+        tl.store(to, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & inside[None, :])
+
+
+def prefill(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    table: LayerTable,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """output = softmax(q' k'^T scale) v' D + mean for every token of the requests.
+
+    Shapes:
+        query: q', [T, G, J, M, R] with R at least the layer's largest key rank
+        cache: [num_blocks, 1, block_size, bytes_per_token / itemsize]; holds this step's tokens too
+        block_table: [B, blocks] int32
+        seq_lens: [B] int32, cached tokens of every request, this step's included
+        query_start_loc: [B + 1] int32
+        output: [T, H, d]; rows of tokens that belong to no request are left as they are
+    """
+    pages = launch.check_attention(query, cache, table, block_table, seq_lens, query_start_loc, output)
+    T, M, d = query.shape[0], query.shape[3], table.head_size
+    num_requests = seq_lens.shape[0]
+    if num_requests == 0 or T == 0:
+        return
+    tiles = launch.Tiles.of_prefill(table, M, query.element_size())
+    queries = tiles.rows // M
+    folded = table.value_up is None
+    _prefill_kernel[(T // queries + num_requests, table.num_groups * table.group_heads)](
+        query,
+        *pages.pages,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        table.work[1].programs,
+        table.regions,
+        table.value_mean if folded else table.value_up,
+        table.value_mean,
+        output,
+        num_requests,
+        query.stride(0),
+        query.stride(1),
+        query.stride(3),
+        *pages.strides,
+        block_table.stride(0),
+        output.stride(0),
+        table.rank_v,
+        scale * launch.LOG2_E,
+        BLOCK_SIZE=table.layout.block_size,
+        GROUP_HEADS=table.group_heads,
+        QUERY_HEADS=M,
+        FIELDS=SIDE_FIELDS,
+        QUERIES=queries,
+        M=tiles.rows,
+        N=tiles.tokens,
+        STAGES=tiles.stages,
+        PTX=launch.has_ptx(_prefill_kernel, query.dtype),
+        KEY=table.key.constants,
+        VALUE=table.value.constants,
+        D=d,
+        D_PADDED=power_of_two(d),
+        FOLDED=folded,
+        PRECISION=launch.precision(query.dtype),
+        num_warps=tiles.warps,
+    )

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels need to know of a layer, on the device: regions, padded bases, and who works on what.
+
+Groups differ in their ranks and tiers, so kernels read a group's offsets and sizes from a table at run time; compiled
+into them are only the layer's maxima. A row of the table has `SIDE_FIELDS` numbers for the keys, then as many for the
+values:
+
+    offset and size of the tier of 16, 8, 4 and 2 bits; offset of the token scales
+
+Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in bytes for the others, in float16
+numbers for the scales. Sizes are coordinates for 16 bits and bytes per token for the others, 0 where a group has no
+such tier; the scales' offset is -1 where it has none at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mkv_kernels.bases import LayerBases, RunBases
+from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES, PageLayout, SideLayout, side_bytes
+
+SIDE_FIELDS = 9
+TIERS = (16, 8, 4, 2)
+MAX_SPLITS = 256
+ITEM_COLUMNS = (32, 64)
+"""Columns of a projection that one program of the store computes: few where tokens are few, to keep a GPU busy."""
+TILE = 64
+"""Coordinates of the 16-bit tier that are loaded at once."""
+LOADED_BYTES = 32
+"""Bytes of a coded tier's row that are loaded at once; of longer pieces, more would be padding."""
+LEAST_COST = 0.25
+"""What a token of a group without any bytes costs a decode program, against one of the group with most bytes: products
+with keys are padded to the layer's largest ranks, and the softmax is everybody's."""
+QUERY, KEY, VALUE = 0, 1, 2
+"""What an item of the store's work projects."""
+
+_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """Maxima of one side over a layer's groups, which are compiled into the kernels; per tier of 16, 8, 4, 2 bits.
+
+    chunks: coordinates (16 bits) or bytes (others) that are loaded at once; 0 where no group has the tier.
+    tiles: chunks that hold the tier of every group, rounded up to few values so that few kernels are compiled.
+    aligns: bytes that the length of every token's row is a multiple of, 16 at most; for 16 bits the elements that every
+        region starts on a multiple of.
+    """
+
+    chunks: tuple[int, int, int, int]
+    tiles: tuple[int, int, int, int]
+    aligns: tuple[int, int, int, int]
+
+    @property
+    def columns(self) -> int:
+        """Coordinates that the tiles have room for."""
+        return sum(chunk * tile * per for chunk, tile, per in zip(self.chunks, self.tiles, (1, 1, 2, 4), strict=True))
+
+    def loaded_bytes(self, itemsize: int) -> int:
+        """Bytes per token that the tiles take."""
+        sizes = (itemsize, 1, 1, 1)
+        return sum(chunk * tile * size for chunk, tile, size in zip(self.chunks, self.tiles, sizes, strict=True))
+
+    @property
+    def constants(self) -> tuple[tuple[int, ...], ...]:
+        """As the kernels take them."""
+        return (self.chunks, self.tiles, self.aligns)
+
+    @classmethod
+    def of(cls, sides: list[SideLayout], itemsize: int) -> SideShape:
+        chunks, tiles, aligns = [], [], []
+        for tier, width in enumerate(TIERS):
+            sizes = [size for side in sides if (size := tier_sizes(side)[tier])]
+            chunk = min(TILE if width == 16 else LOADED_BYTES, power_of_two(max(sizes, default=0)))
+            chunks.append(max(chunk, 16) if sizes else 0)
+            needed = -(-max(sizes) // chunks[-1]) if sizes else 0
+            tiles.append(next(step for step in _STEPS if step >= needed))
+            aligns.append(min([ALIGNMENT, *(size & -size for size in sizes)]))
+        aligns[0] = ALIGNMENT // itemsize
+        return cls(tuple(chunks), tuple(tiles), tuple(aligns))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Programs of a decode launch that cuts the context of the largest group into `splits` parts.
+
+    A group with half the bytes per token gets half as many splits, each of twice as many tokens, so that all programs
+    take about as long (see `LEAST_COST`); the groups with most bytes come first, so that what is left to wait for at
+    the end is small.
+
+    Shapes:
+        programs: [P, 4] int32: group, its split, its number of splits, the group's first program
+        spans: [G, 2] int32: first program and number of splits of every group
+    """
+
+    programs: torch.Tensor
+    spans: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Built once per layer from its bases.
+
+    Shapes, with R the largest rank of the side in this layer; beyond a group's own rank there are zeros:
+        regions:     [G, 2 * SIDE_FIELDS] int32
+        key_down:    [G, Rk, n]    float32, as all bases; see `bases.RunBases`. What a product sums over is the last
+                                   dimension of this, `query_up` and `value_down`
+        key_shift:   [G, Rk]
+        query_up:    [G, J, Rk, d]
+        value_down:  [G, Rv, n]    None where C is folded into the weights
+        value_shift: [G, Rv]
+        value_up:    [G, J, Rv, d] None where D is folded into the weights
+        value_mean:  [G, J, d]
+        items:       per number of columns, [I, 6] int32: the store's work, see `_items`
+        work:        per number of splits, the decode's
+    """
+
+    layout: PageLayout
+    head_size: int
+    group_heads: int
+    key: SideShape
+    value: SideShape
+    regions: torch.Tensor
+    key_down: torch.Tensor
+    key_shift: torch.Tensor
+    query_up: torch.Tensor
+    value_down: torch.Tensor | None
+    value_shift: torch.Tensor
+    value_up: torch.Tensor | None
+    value_mean: torch.Tensor
+    items: dict[int, torch.Tensor]
+    work: dict[int, Work]
+
+    @classmethod
+    def build(cls, bases: LayerBases) -> LayerTable:
+        layout, runs = bases.layout, bases.runs
+        groups, device = layout.groups, runs[0].key_down.device
+        rank_k = max([16, *(group.key.rank for group in groups)])
+        rank_v = max([16, *(group.value.rank for group in groups)])
+
+        def padded(name: str, dim: int, size: int) -> torch.Tensor:
+            return _by_group(runs, name, len(groups), dim, size)
+
+        rows = [_side_row(group.key, layout) + _side_row(group.value, layout) for group in groups]
+        return cls(
+            layout=layout,
+            head_size=bases.head_size,
+            group_heads=bases.group_heads,
+            key=SideShape.of([group.key for group in groups], layout.itemsize),
+            value=SideShape.of([group.value for group in groups], layout.itemsize),
+            regions=torch.tensor(rows, dtype=torch.int32, device=device),
+            key_down=padded("key_down", -1, rank_k).mT.contiguous(),
+            key_shift=padded("key_shift", -1, rank_k),
+            query_up=padded("query_up", -1, rank_k).mT.contiguous(),
+            value_down=None if runs[0].value_down is None else padded("value_down", -1, rank_v).mT.contiguous(),
+            value_shift=padded("value_shift", -1, rank_v),
+            value_up=None if runs[0].value_up is None else padded("value_up", -2, rank_v),
+            value_mean=padded("value_mean", -1, runs[0].value_mean.shape[-1]),
+            items={columns: _items(layout, bases.group_heads, columns).to(device) for columns in ITEM_COLUMNS},
+            work=_work(layout, device),
+        )
+
+    @property
+    def num_groups(self) -> int:
+        return self.regions.shape[0]
+
+    @property
+    def rank_k(self) -> int:
+        """Largest of the groups, 16 at least."""
+        return self.key_shift.shape[-1]
+
+    @property
+    def rank_v(self) -> int:
+        return self.value_shift.shape[-1]
+
+    @cached_property
+    def costs(self) -> tuple[float, ...]:
+        """Of a token in every group, against one of the group with most bytes."""
+        return _costs(self.layout)
+
+
+def power_of_two(count: int) -> int:
+    """The least one that is not below `count`."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def tier_sizes(side: SideLayout) -> tuple[int, ...]:
+    """Coordinates of the 16-bit tier, then bytes per token of the others."""
+    counts = {region.width: region.size for region in side.regions}
+    return tuple(counts.get(width, 0) * (8 if width == 16 else width) // 8 for width in TIERS)
+
+
+def _side_row(side: SideLayout, layout: PageLayout) -> list[int]:
+    offsets = {region.width: region.offset // (layout.itemsize if region.width == 16 else 1) for region in side.regions}
+    row = [
+        number for width, size in zip(TIERS, tier_sizes(side), strict=True) for number in (offsets.get(width, 0), size)
+    ]
+    return [*row, -1 if side.scale_offset is None else side.scale_offset // SCALE_BYTES]
+
+
+def _by_group(runs: tuple[RunBases, ...], name: str, num_groups: int, dim: int, size: int) -> torch.Tensor:
+    """One tensor of the runs' bases in the order of the groups, with zeros up to `size` along `dim`."""
+    shape = list(getattr(runs[0], name).shape)
+    shape[0], shape[dim] = num_groups, size
+    whole = getattr(runs[0], name).new_zeros(shape)
+    for run in runs:
+        part = getattr(run, name)
+        groups = slice(None) if run.groups is None else run.groups
+        whole.narrow(dim, 0, part.shape[dim])[groups] = part
+    return whole
+
+
+def _costs(layout: PageLayout) -> tuple[float, ...]:
+    sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
+    return tuple(max(LEAST_COST, size / max([1, *sizes])) for size in sizes)
+
+
+def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
+    """The store's work, [I, 6]: what is projected, group, head within it, first column, end, and share.
+
+    `share` is the number of items whose columns are quantised together, 0 where columns are written as they are.
+    """
+    coded, exact, queries = [], [], []
+    for group in layout.groups:
+        for kind, side in ((KEY, group.key), (VALUE, group.value)):
+            starts = range(side.exact, side.rank, columns)
+            coded += [(kind, group.group, 0, c, min(c + columns, side.rank), len(starts)) for c in starts]
+            exact += [(kind, group.group, 0, c, min(c + columns, side.exact), 0) for c in range(0, side.exact, columns)]
+        for head in range(group_heads):
+            queries += [
+                (QUERY, group.group, head, c, min(c + columns, group.key.rank), 0)
+                for c in range(0, group.key.rank, columns)
+            ]
+    # The last of the coded items packs what all of them projected, so they start first.
+    return torch.tensor([*coded, *exact, *queries], dtype=torch.int32).reshape(-1, 6)
+
+
+def _work(layout: PageLayout, device: torch.device) -> dict[int, Work]:
+    costs, work, splits = _costs(layout), {}, 1
+    heavy_first = sorted(range(len(costs)), key=lambda group: -costs[group])
+    while splits <= MAX_SPLITS:
+        programs: list[tuple[int, int, int, int]] = []
+        spans = [(0, 0)] * len(costs)
+        for group in heavy_first:
+            count = max(1, round(splits * costs[group]))
+            spans[group] = (len(programs), count)
+            programs += [(group, split, count, spans[group][0]) for split in range(count)]
+        work[splits] = Work(*(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (programs, spans)))
+        splits *= 2
+    return work

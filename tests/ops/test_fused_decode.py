@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode kernel against float64 and its twin, on caches that are full of NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from mkv_kernels.fused import decode as module
+from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode
+
+SCALE = 0.2
+LENGTHS = (1, 15, 16, 17, 63)
+HALF = torch.float16
+
+
+def run(layer, step, *, max_queries=1, num_splits=1, reserved=None):
+    T = len(step.query)
+    workspace = DecodeWorkspace.make(layer.table, T, layer.num_heads, reserved or num_splits)
+    workspace.partial.fill_(float("nan"))
+    workspace.stats.fill_(float("nan"))
+    output = torch.full((T, layer.num_heads, layer.d), float("nan"), dtype=layer.dtype, device=step.query.device)
+    decode(
+        step.query,
+        layer.cache,
+        layer.table,
+        *step.integers,
+        SCALE,
+        output,
+        workspace,
+        max_queries=max_queries,
+        num_splits=num_splits,
+    )
+    return output
+
+
+# Uneven ranks of 16, 48, 112, 128 and the full width; tiers alone, together, and another in every group.
+SHAPES = {
+    "uneven-ranks": ([("16x4", "16x1"), ("16x1", "16x4"), ("16x3", "16x3"), ("16x1", "16x1")], {}, 4),
+    "j2-heads7-d64": ([("16x7", "16x3"), ("16x1", "16x8")], {"J": 2, "M": 7, "dtype": HALF}, 2),
+    "j4-heads1-d96": ([("16x7", "16x24"), ("16x1", "16x3")], {"J": 4, "M": 1, "d": 96}, 2),
+    "j8-heads1-d128": (
+        [("16x1 8x2 4x12 2x8", "8x1 4x6 2x8")],
+        {"J": 8, "M": 1, "d": 128, "block_size": 32},
+        1,
+    ),
+    "head-256": ([("16x1", "16x16"), ("16x16", "16x1")], {"M": 1, "d": 256, "block_size": 128}, 1),
+    "folded-d96": (
+        [("16x1 4x2", "16x1 4x2 2x1"), ("4x6", "4x1")],
+        {"M": 7, "d": 96, "fold_up": True},
+        2,
+    ),
+    "8-bits": ([("8x4", "8x3"), ("8x1", "8x4")], {"block_size": 64}, 2),
+    "4-bits": ([("4x4", "4x3"), ("4x1", "4x4")], {"dtype": HALF}, 2),
+    "2-bits": ([("2x4", "2x3"), ("2x1", "2x4")], {"M": 8}, 2),
+    "all-tiers": ([("16x1 8x2 4x3 2x1", "16x2 8x1 4x1 2x2"), ("2x1", "16x8")], {"J": 2, "dtype": HALF}, 4),
+    "a-tier-each": ([("16x2", "2x2"), ("8x3", "4x1"), ("4x2", "8x1"), ("2x4", "16x1")], {"M": 1}, 2),
+    "nothing-stored": ([("", "4x4"), ("16x1", ""), ("", "")], {}, 2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_errs_no_more_than_its_twin(make_layer, shape):
+    groups, settings, num_splits = SHAPES[shape]
+    layer = make_layer(*groups, **settings)
+    step = layer.step(LENGTHS, [1] * len(LENGTHS))
+    layer.check(run(layer, step, num_splits=num_splits), step)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter's bfloat16 is not that of a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16(make_layer, shape):
+    groups, settings, num_splits = SHAPES[shape]
+    layer = make_layer(*groups, **settings | {"dtype": torch.bfloat16})
+    step = layer.step(LENGTHS, [1] * len(LENGTHS))
+    layer.check(run(layer, step, num_splits=num_splits), step)
+
+
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_long_contexts(make_layer, num_splits):
+    block_size = 16 if num_splits == 1 else 128
+    layer = make_layer(("16x1 4x2", "8x1 2x3"), ("16x4", "16x4"), block_size=block_size)
+    step = layer.step([1000, 3], [1, 1])
+    layer.check(run(layer, step, num_splits=num_splits), step)
+
+
+@pytest.mark.parametrize(("J", "M", "queries"), [(1, 4, (3, 1, 5)), (2, 8, (2, 2, 2)), (1, 7, (16, 4, 9))])
+def test_speculative_queries_and_padding(make_layer, J, M, queries):
+    layer = make_layer(("16x1 4x2", "8x1 2x2"), ("4x4", "16x2"), J=J, M=M, dtype=HALF)
+    # Requests without a token stand for the padding of a CUDA graph.
+    step = layer.step([70, 4, 33], queries, padding=2)
+    layer.check(run(layer, step, max_queries=max(queries), num_splits=2), step)
+
+
+def test_a_request_does_not_depend_on_its_neighbours(make_layer):
+    layer = make_layer(("16x1 4x2", "8x1 2x2"), ("4x4", "16x2"))
+    step = layer.step([33, 100], [1, 1])
+    together = run(layer, step, num_splits=2)
+    step.query, step.block_table, step.seq_lens = step.query[:1], step.block_table[:1], step.seq_lens[:1]
+    step.query_start_loc = step.query_start_loc[:2]
+    assert torch.equal(run(layer, step, num_splits=2), together[:1])
+
+
+@st.composite
+def layers(draw):
+    J, M = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (4, 1)]))
+    block = st.lists(st.sampled_from([16, 8, 4, 2, 0]), min_size=2 * J, max_size=2 * J)
+    side = block.map(lambda widths: tuple(sorted(widths, reverse=True)))
+    widths = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
+    shape = {"J": J, "M": M, "d": 32, "fold_up": J == 1 and draw(st.booleans())}
+    shape |= {"block_size": draw(st.sampled_from([16, 48, 128])), "dtype": draw(st.sampled_from([torch.float32, HALF]))}
+    lengths = draw(st.lists(st.integers(1, 130), min_size=1, max_size=3))
+    queries = [draw(st.integers(1, min(4, length))) for length in lengths]
+    return tuple(widths), shape, lengths, queries, draw(st.sampled_from([1, 2, 4])), draw(st.integers(0, 99))
+
+
+# Shrinking would take minutes in the interpreter; cases are small as they are.
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(case=layers())
+def test_any_layer(make_layer, case):
+    widths, shape, lengths, queries, num_splits, seed = case
+    layer = make_layer(widths=widths, **shape, seed=seed)
+    step = layer.step(lengths, queries)
+    layer.check(run(layer, step, max_queries=max(queries), num_splits=num_splits), step)
+
+
+def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
+    layer = make_layer(("16x4", "16x4"), ("16x1", "16x1"))
+    assert choose_splits(layer.table, 200, 1 << 17, 132) == 2
+    assert choose_splits(layer.table, 1, 1 << 17, 132) == 256
+    assert choose_splits(layer.table, 1, 300, 132) == 1
+    heavy, light = layer.table.work[8].spans.tolist()
+    assert heavy == [0, 8] and light == [8, 2], "splits follow the bytes, the heavy group is first"
+
+
+def test_launches_allocate_nothing(make_layer, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    layer = make_layer(("16x1 4x2", "8x1 2x2"))
+    step = layer.step([33], [1])
+    workspace = DecodeWorkspace.make(layer.table, 1, layer.num_heads, 2)
+    output, cache, seen = step.query.new_empty(1, layer.num_heads, 64), layer.cache, set()
+    for name in ("_attend_kernel", "_combine_kernel"):
+        monkeypatch.setattr(module, name, Kernel())
+    with Recorder():
+        decode(step.query, cache, layer.table, *step.integers, SCALE, output, workspace, max_queries=1, num_splits=2)
+    assert seen <= {"aten.view.dtype", "aten.detach.default"}
+
+
+def test_errors_name_the_mend(make_layer):
+    layer = make_layer(("16x4", "16x4"), ("16x1", "16x1"))
+    step = layer.step([33], [1])
+    with pytest.raises(ValueError, match="take a power of two"):
+        run(layer, step, num_splits=3, reserved=4)
+    with pytest.raises(ValueError, match="prefill any number"):
+        run(layer, step, max_queries=17)
+    with pytest.raises(ValueError, match="workspace's partial"):
+        run(layer, step, num_splits=8, reserved=1)
+    step.seq_lens = step.seq_lens.long()
+    with pytest.raises(ValueError, match=r"seq_lens is torch\.int64"):
+        run(layer, step)
