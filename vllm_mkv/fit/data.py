@@ -54,7 +54,7 @@ def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, cont
     if len(windows) < num_windows:
         raise ValueError(
             f"{', '.join(text)}: {len(windows)} windows of {context} tokens, and {num_windows} are needed; "
-            "add text, or ask for fewer tokens or windows of it, or for a shorter --context"
+            "add text, or ask for less of it (--tokens, --windows, --eval-windows) or for a shorter --context"
         )
     return np.array(windows, dtype=np.int64)
 
