@@ -109,7 +109,7 @@ def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
     """The same nested blocks of 16 coordinates, each of unit covariance and then rotated by a Hadamard matrix.
 
     So the coordinates of a block look alike, and like those of any other block, as one quantiser for all wants them.
-    The subspaces do not change. It does not matter whether the bases were whitened before.
+    The subspaces do not change. It hardly matters whether the bases were whitened before.
     """
     A, B = _whiten(bases.A, statistics.key.covariance)
     C, D = _whiten(bases.C, statistics.value.covariance)
