@@ -16,10 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mkv.adapter import Adapter, AdapterConfig
-from vllm_mkv.allocation import AllocationPath
 from vllm_mkv.evaluation.quality import measure, projected_caches
-from vllm_mkv.fit.calibrate import cache_shape, fit_bases
+from vllm_mkv.fit.calibrate import fit_bases, new_adapter
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
 
@@ -48,19 +46,11 @@ def main() -> None:
     rows = []
     for basis in ("pca", "query"):
         for group_heads in group_sizes:
-            config = AdapterConfig(
-                base_model_name_or_path=args.model,
-                model=fingerprint,
-                basis=basis,
-                group_heads=group_heads,
-                layers=list(range(fingerprint.num_hidden_layers)),
-                default_budget=1.0,
-            )
             bases = fit_bases(model, fingerprint, windows, basis=basis, group_heads=group_heads)
-            path = AllocationPath.uniform(cache_shape(fingerprint, group_heads))
-            allocations = [path.replay(budget, itemsize=4) for budget in BUDGETS]
-            caches = projected_caches(Adapter(config, bases, path), allocations, itemsize=4)
-            found = measure(model, valid, caches, stock_bytes=path.shape.stock_bytes_per_token(4))
+            adapter = new_adapter(args.model, fingerprint, bases, basis=basis, group_heads=group_heads)
+            allocations = [adapter.path.replay(budget, itemsize=4) for budget in BUDGETS]
+            caches = projected_caches(adapter, allocations, itemsize=4)
+            found = measure(model, valid, caches, stock_bytes=adapter.shape.stock_bytes_per_token(4))
             rows += [{"basis": basis, "group_heads": group_heads, **row} for row in found]
     table = Table(title=f"{args.model}, {args.valid_windows} x {args.context} tokens of {' '.join(args.valid_text)}")
     for column in ("basis", "J", "budget", "perplexity", "KL", "same top token"):

@@ -22,16 +22,17 @@ from rich.table import Table
 from torch import Tensor
 
 from mkv_kernels.codes import MEAN_SQUARED_ERRORS, STEPS, round_trip, token_scales
-from mkv_kernels.layout import BLOCK, BlockWidths, side_bytes
-from vllm_mkv.adapter import Adapter, AdapterConfig, LayerBases
+from mkv_kernels.layout import BLOCK, WIDTHS, BlockWidths, side_bytes
+from vllm_mkv.adapter import Adapter, LayerBases
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
 from vllm_mkv.evaluation.quality import Cache, measure
+from vllm_mkv.evaluation.rivals import gaussian_levels
 from vllm_mkv.fit.bases import hadamard
-from vllm_mkv.fit.calibrate import cache_shape, fit_bases
+from vllm_mkv.fit.calibrate import fit_bases, new_adapter
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
 from vllm_mkv.fit.path import least_damage_path
-from vllm_mkv.fit.search import WIDTHS, Found, probe
+from vllm_mkv.fit.search import Found, probe
 from vllm_mkv.fit.truncation import Quantiser, Truncation
 
 ITEMSIZE = 2
@@ -88,27 +89,12 @@ def scale_of_8_bits(x: Tensor, widths: BlockWidths) -> Tensor:
     return in_tiers(x, widths, of_tier)
 
 
-def lloyd_max(width: int, steps: int = 2000) -> Tensor:
-    """Levels of the quantiser of least mean squared error for a unit Gaussian (Lloyd's iteration on its density)."""
-    x = torch.linspace(-6, 6, 20001, dtype=torch.float64)
-    density = torch.exp(-x.square() / 2)
-    levels = (torch.arange(1 << width, dtype=torch.float64) - (1 << width) / 2 + 0.5) * STEPS[width]
-    for _ in range(steps):
-        nearest = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
-        sums = torch.zeros_like(levels).index_add(0, nearest, density * x)
-        levels = sums / torch.zeros_like(levels).index_add(0, nearest, density)
-    return levels
-
-
-LEVELS = {width: lloyd_max(width) for width in (4, 2)}
-
-
 def lloyd_max_codes(x: Tensor, widths: BlockWidths) -> Tensor:
     def of_tier(part: Tensor, width: int, quantised: Tensor) -> Tensor:
         scale = token_scales(quantised).to(part.dtype)[..., None]
         if width == 8:
             return uniform_codes(part / scale, width) * scale
-        levels = LEVELS[width].to(part)
+        levels = gaussian_levels(width).to(part)
         return levels[torch.bucketize(part / scale, (levels[1:] + levels[:-1]) / 2)] * scale
 
     return in_tiers(x, widths, of_tier)
@@ -266,7 +252,8 @@ def main() -> None:
     for variant in VARIANTS:
         key = (variant.basis, variant.group_heads or all_heads)
         if key not in prepared:
-            adapter = make_adapter(args.model, model, fingerprint, windows, *key)
+            bases = fit_bases(model, fingerprint, windows, basis=key[0], group_heads=key[1])
+            adapter = new_adapter(args.model, fingerprint, bases, basis=key[0], group_heads=key[1])
             prepared[key] = adapter, probe(model, adapter, windows[: args.probe_windows])
         adapter, found = prepared[key]
         path = variant.path(adapter.shape, found)
@@ -287,19 +274,6 @@ def main() -> None:
         table.add_row(row["name"], f"{label:g}", *figures, f"{row['kl'] / served[label]:.2f}")
     Console().print(table)
     print(json.dumps({"torch": torch.__version__, "arguments": vars(args), "rows": rows}))
-
-
-def make_adapter(name: str, model: Any, fingerprint: Any, windows: np.ndarray, basis: str, group_heads: int) -> Adapter:
-    config = AdapterConfig(
-        base_model_name_or_path=name,
-        model=fingerprint,
-        basis=basis,
-        group_heads=group_heads,
-        layers=list(range(fingerprint.num_hidden_layers)),
-        default_budget=1.0,
-    )
-    bases = fit_bases(model, fingerprint, windows, basis=basis, group_heads=group_heads)
-    return Adapter(config, bases, AllocationPath.uniform(cache_shape(fingerprint, group_heads)))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from mkv_kernels.layout import WIDTHS
 from vllm_mkv import __version__
 
 INTERRUPTED = 130
@@ -63,7 +65,6 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write")
     _add_window_options(sub, "windows to measure quality on, none of which is fitted on")
-    _add_model_options(sub)
     sub.set_defaults(run=calibrate)
 
 
@@ -76,7 +77,7 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sub.add_argument(
         "--widths",
         type=_widths,
-        default=(16, 8, 4, 2, 0),
+        default=WIDTHS,
         metavar="16,8,4,2,0",
         help="bits that a coordinate may have; 16,0 searches ranks alone (default: %(metavar)s)",
     )
@@ -90,7 +91,6 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sub.add_argument("--tokens", type=int, default=32_768, metavar="N", help="to probe on (default: %(default)s)")
     sub.add_argument("--model", help="folder or Hub repository (default: what the adapter was made for)")
     _add_window_options(sub, "windows to measure quality on, none of which is probed on")
-    _add_model_options(sub)
     sub.set_defaults(run=search)
 
 
@@ -112,12 +112,17 @@ def _add_text_option(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_window_options(sub: argparse.ArgumentParser, eval_windows: str) -> None:
-    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
     sub.add_argument(
         "--eval-windows", type=int, default=16, metavar="N", help=f"{eval_windows}; 0 for none (default: %(default)s)"
     )
+    _add_run_options(sub)
+
+
+def _add_run_options(sub: argparse.ArgumentParser, dtype: str | None = None) -> None:
+    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
     sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
-    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    sub.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=dtype)
+    _add_model_options(sub)
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -148,15 +153,9 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     sub.add_argument("--json", metavar="FILE.json", help="write the figures")
     sub.add_argument("--plot", metavar="FILE.png", help="draw KL divergence against bytes per token")
     sub.add_argument("--windows", type=int, default=64, metavar="N", help="of text (default: %(default)s)")
-    sub.add_argument("--context", type=int, metavar="N", help="tokens per window (default: 1024 or the longest)")
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)")
-    sub.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="to compute in; bytes and budgets stay those of the dtype that the model is stored in (default: that)",
+    _add_run_options(
+        sub, "to compute in; bytes and budgets stay those of the dtype that the model is stored in (default: that)"
     )
-    _add_model_options(sub)
     sub.set_defaults(run=evaluate)
 
 
@@ -191,6 +190,14 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
 
 
+RUN_OPTIONS = ("context", "seed", "dtype", "device", "revision", "trust_remote_code")
+"""What `_add_run_options` adds, as the functions behind the commands call it."""
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in RUN_OPTIONS}
+
+
 def calibrate(args: argparse.Namespace) -> int:
     from vllm_mkv.adapter import check_output
 
@@ -204,13 +211,8 @@ def calibrate(args: argparse.Namespace) -> int:
         output=args.output,
         basis=args.basis,
         group_heads=args.group_heads,
-        context=args.context,
         eval_windows=args.eval_windows,
-        seed=args.seed,
-        dtype=args.dtype,
-        device=args.device,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
+        **run_options(args),
     )
     from rich.console import Console
 
@@ -241,14 +243,9 @@ def search(args: argparse.Namespace) -> int:
         widths=args.widths,
         shards=args.shards,
         tokens=args.tokens,
-        context=args.context,
         eval_windows=args.eval_windows,
-        seed=args.seed,
         model=args.model,
-        dtype=args.dtype,
-        device=args.device,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
+        **run_options(args),
     )
     layers = searched.shape.num_layers
     print(
@@ -277,12 +274,7 @@ def evaluate(args: argparse.Namespace) -> int:
         model=args.model,
         allocation=args.allocation,
         num_windows=args.windows,
-        context=args.context,
-        seed=args.seed,
-        dtype=args.dtype,
-        device=args.device,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
+        **run_options(args),
         json_file=args.json,
         plot=args.plot,
     )

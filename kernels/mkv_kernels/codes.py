@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from mkv_kernels.layout import BLOCK, BlockWidths, SideLayout
+from mkv_kernels.layout import BLOCK, WIDTHS, BlockWidths, SideLayout
 
 STEPS = {8: 0.034, 4: 0.37, 2: 1.15}
 """Width of a level, in units of the token's scale. A tenth wider than what is best for a Gaussian (0.0308, 0.335,
@@ -105,7 +105,7 @@ def round_trip(x: torch.Tensor, widths: BlockWidths) -> torch.Tensor:
 
     What `encode`, `decode` and `multipliers` do together, without bytes; coordinates of width 0 come back as 0.
     """
-    counts = {width: BLOCK * widths.count(width) for width in (16, 8, 4, 2, 0)}
+    counts = {width: BLOCK * widths.count(width) for width in WIDTHS}
     sizes = list(counts.values())
     parts = dict(zip(counts, x.split(sizes, dim=-1), strict=True))
     quantised = x[..., sizes[0] : sum(sizes[:4])]

@@ -41,20 +41,15 @@ def engine_settings(model: Path, adapter: Path | None = None, budget: float = 1.
 @contextmanager
 def engine(*args: Any, **kwargs: Any) -> Iterator[Any]:
     """A running vllm.LLM with `engine_settings` of the arguments."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models.transformers import base
+
+    from vllm_mkv.serving.score import running_engine
 
     # vLLM marks transformers' own model classes for compilation, after which they work inside vLLM alone; these tests
     # compile nothing, and compare with transformers in the same process.
     base.support_torch_compile = lambda **_: lambda cls: cls
-    llm = LLM(**engine_settings(*args, **kwargs))
-    try:
+    with running_engine(engine_settings(*args, **kwargs)) as llm:
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture

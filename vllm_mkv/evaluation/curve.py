@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from vllm_mkv.evaluation.output import check_file, write_whole
+from vllm_mkv.evaluation.output import check_drawing, write_whole
 
 LEAST_KL = 1e-6
 """What is below is rounding, and would stretch the logarithmic axis: it is drawn here."""
@@ -16,17 +16,6 @@ LEAST_KL = 1e-6
 def title(evaluation: dict[str, Any]) -> str:
     name, tokens, context = (evaluation[key] for key in ("model", "tokens", "context"))
     return f"{Path(name).name}, {tokens:,} tokens in windows of {context}"
-
-
-def check_drawing(file: str | Path) -> None:
-    """Raises ValueError unless matplotlib can write a file of this name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kinds = FigureCanvasAgg(Figure()).get_supported_filetypes()
-    if Path(file).suffix.lower().removeprefix(".") not in kinds:
-        raise ValueError(f"cannot draw to {file}; name a file that ends in .png, .pdf or .svg")
-    check_file(file)
 
 
 def draw_curve(evaluation: dict[str, Any], file: str | Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_mkv.evaluation.curve import check_drawing, draw_curve, title
+from vllm_mkv.evaluation.curve import draw_curve, title
 from vllm_mkv.evaluation.engine import check_engine, measure_engine
-from vllm_mkv.evaluation.output import check_file, write_whole
+from vllm_mkv.evaluation.output import check_drawing, check_file, write_whole
 from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.evaluation.rivals import rival_caches
 from vllm_mkv.evaluation.subject import Subject

@@ -19,6 +19,17 @@ def check_file(file: str | Path) -> None:
         raise ValueError(f"{file.parent} is not writable; name a file in another folder")
 
 
+def check_drawing(file: str | Path) -> None:
+    """Raises ValueError unless matplotlib can write a file of this name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    if Path(file).suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"cannot draw to {file}; name a file that ends in .png, .pdf or .svg")
+    check_file(file)
+
+
 def write_whole(file: str | Path, data: bytes) -> None:
     """Writes a file at once: after an interruption, or on a full disk, it is what it was before."""
     file = Path(file)

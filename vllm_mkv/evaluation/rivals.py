@@ -35,6 +35,7 @@ from torch.distributions import Normal
 
 from vllm_mkv.evaluation.quality import Cache
 from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.fit.bases import hadamard
 
 SIGNS_SEED = 0x9E3779B9
 """Of the signs that vLLM flips before the Hadamard transform of its 4-bit cache."""
@@ -140,29 +141,25 @@ def rotated(x: Tensor) -> Tensor:
     Shape: [.., d] to the same.
     """
     blocks = _blocks(x)
-    matrix = hadamard(blocks.shape[-1]).to(x.device)
+    matrix = _hadamard(blocks.shape[-1]).to(x.device)
     return (blocks * signs(blocks.shape[-1]).to(x.device) @ matrix).reshape(x.shape)
 
 
 def unrotated(x: Tensor) -> Tensor:
     """The inverse of `rotated`."""
     blocks = _blocks(x)
-    matrix = hadamard(blocks.shape[-1]).to(x.device)
+    matrix = _hadamard(blocks.shape[-1]).to(x.device)
     return (blocks @ matrix * signs(blocks.shape[-1]).to(x.device)).reshape(x.shape)
+
+
+@cache
+def _hadamard(size: int) -> Tensor:
+    return hadamard(size).float()
 
 
 def _blocks(x: Tensor) -> Tensor:
     d = x.shape[-1]
     return x.unflatten(-1, (-1, d & -d))
-
-
-@cache
-def hadamard(size: int) -> Tensor:
-    """Sylvester's matrix for a power of two, divided by the root of its size: symmetric and its own inverse."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return matrix / size**0.5
 
 
 @cache

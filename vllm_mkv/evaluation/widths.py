@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mkv_kernels.layout import BLOCK, KEY, VALUE, WIDTHS, BlockWidths, rank_of
 from vllm_mkv.allocation import Allocation
+from vllm_mkv.evaluation.output import check_drawing
 
 SIDES = {KEY: "key", VALUE: "value"}
 ASCENDING = sorted(WIDTHS)
@@ -89,12 +90,7 @@ def draw_widths(allocation: Allocation, title: str, file: str | Path) -> None:
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 
-    file = Path(file)
-    kinds = FigureCanvasAgg(Figure()).get_supported_filetypes()
-    if file.suffix.lower().removeprefix(".") not in kinds:
-        raise ValueError(f"cannot draw to {file}; name a file that ends in .png, .pdf or .svg")
-    if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {file.parent} to draw into; make it, or name another")
+    check_drawing(file)
     shape = allocation.shape
     levels = np.searchsorted(ASCENDING, np.array(allocation.widths))
     rows = shape.num_layers * shape.num_groups

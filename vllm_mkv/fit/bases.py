@@ -133,11 +133,14 @@ def _whiten(down: np.ndarray, covariance: Tensor) -> tuple[np.ndarray, np.ndarra
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's orthogonal matrix of entries +-1 / sqrt(size), [size, size] float64; `size` is a power of two."""
+    """Sylvester's matrix of entries +-1 / sqrt(size), [size, size] float64: symmetric, its own inverse.
+
+    `size` is a power of two.
+    """
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix) / 2**0.5
-    return matrix
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / size**0.5
 
 
 def block_weights(bases: LayerBases, statistics: LayerStatistics, output: Tensor | None) -> np.ndarray:

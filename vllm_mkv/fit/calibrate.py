@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,42 @@ def calibrate(
     """
     if basis not in BASES:
         raise ValueError(f"basis {basis!r} is not one of {', '.join(BASES)}")
-    if eval_windows < 0:
-        raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
     check_output(output)
     source = Source(model, revision, trust_remote_code)
     fingerprint = source.fingerprint
     group_heads = choose_group_heads(fingerprint, group_heads)
+    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
+    network = source.load(dtype, device)
+    bases = fit_bases(network, fingerprint, windows, basis=basis, group_heads=group_heads)
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    adapter = new_adapter(
+        model,
+        fingerprint,
+        bases,
+        basis=basis,
+        group_heads=group_heads,
+        revision=revision,
+        made=how_made("calibrate", text, windows, seed, network) | versions,
+    )
+    if eval_windows:
+        adapter = with_quality(adapter, network, held_out, MEASURED_BUDGETS, network.dtype.itemsize)
+    adapter.save(output, model_card(adapter.config))
+    return adapter
+
+
+def draw_windows(
+    source: Source, text: Sequence[str], tokens: int, eval_windows: int, context: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """About `tokens` tokens to fit or probe on, and `eval_windows` windows to measure on, none in both.
+
+    Returns:
+        int64 [windows, context] and [eval_windows, context].
+
+    Raises:
+        ValueError: no such context, no window, or too little text; says what to do.
+    """
+    if eval_windows < 0:
+        raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
     context = choose_context(source.config, context)
     num_windows = round(tokens / context)
     if num_windows < 1:
@@ -82,9 +113,20 @@ def calibrate(
     windows = token_windows(
         text, source.tokenizer(), num_windows=num_windows + eval_windows, context=context, seed=seed
     )
-    windows, held_out = split_windows(windows, eval_windows)
-    network = source.load(dtype, device)
-    bases = fit_bases(network, fingerprint, windows, basis=basis, group_heads=group_heads)
+    return split_windows(windows, eval_windows)
+
+
+def new_adapter(
+    model: str,
+    fingerprint: ModelFingerprint,
+    bases: tuple[LayerBases, ...],
+    *,
+    basis: str,
+    group_heads: int,
+    revision: str | None = None,
+    made: dict[str, Any] | None = None,
+) -> Adapter:
+    """Bases of every layer of a model with the uniform path of ranks, not measured."""
     path = AllocationPath.uniform(cache_shape(fingerprint, group_heads))
     config = AdapterConfig(
         base_model_name_or_path=model,
@@ -93,26 +135,33 @@ def calibrate(
         basis=basis,
         group_heads=group_heads,
         layers=list(range(fingerprint.num_hidden_layers)),
-        default_budget=_reachable(path, DEFAULT_BUDGET),
-        made={
-            "by": f"vllm-mkv {__version__} calibrate",
-            "text": [str(name) for name in text],
-            "tokens": windows.size,
-            "context": context,
-            "seed": seed,
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        default_budget=first_reachable(path, [DEFAULT_BUDGET]),
+        made=made or {},
     )
-    adapter = Adapter(config, bases, path)
-    if eval_windows:
-        itemsize = network.dtype.itemsize
-        caches = projected_caches(adapter, reachable_allocations(path, itemsize), itemsize)
-        rows = measure(network, held_out, caches, stock_bytes=adapter.shape.stock_bytes_per_token(itemsize))
-        adapter = Adapter(config.model_copy(update={"quality": rows}), bases, path)
-    adapter.save(output, model_card(adapter.config))
-    return adapter
+    return Adapter(config, bases, path)
+
+
+def how_made(
+    command: str, text: Sequence[str], windows: np.ndarray, seed: int, model: PreTrainedModel
+) -> dict[str, Any]:
+    """What an adapter says of the command that made it."""
+    return {
+        "by": f"vllm-mkv {__version__} {command}",
+        "text": [str(name) for name in text],
+        "tokens": windows.size,
+        "context": windows.shape[1],
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def with_quality(
+    adapter: Adapter, model: PreTrainedModel, windows: np.ndarray, budgets: Sequence[float], itemsize: int
+) -> Adapter:
+    """The adapter with its quality on `windows`, int64 [windows, context], at those of `budgets` that it reaches."""
+    caches = projected_caches(adapter, reachable_allocations(adapter.path, itemsize, budgets), itemsize)
+    rows = measure(model, windows, caches, stock_bytes=adapter.shape.stock_bytes_per_token(itemsize))
+    return replace(adapter, config=adapter.config.model_copy(update={"quality": rows}))
 
 
 @torch.inference_mode()
@@ -174,18 +223,18 @@ def choose_context(config: Any, context: int | None) -> int:
     return context
 
 
-def _reachable(path: AllocationPath, budget: float) -> float:
-    """`budget`, or 1 where the smallest ranks take more."""
-    try:
-        path.replay(budget)
-    except ValueError:
-        return 1.0
-    return budget
+def first_reachable(path: AllocationPath, budgets: Sequence[float]) -> float:
+    """The first of `budgets` that the path reaches, or 1 where its smallest ranks take more than any of them."""
+    for budget in budgets:
+        try:
+            path.replay(budget)
+        except ValueError:
+            continue
+        return budget
+    return 1.0
 
 
-def reachable_allocations(
-    path: AllocationPath, itemsize: int, budgets: Sequence[float] = MEASURED_BUDGETS
-) -> list[Allocation]:
+def reachable_allocations(path: AllocationPath, itemsize: int, budgets: Sequence[float]) -> list[Allocation]:
     """Allocations at those of `budgets`, falling, that the path reaches."""
     allocations = []
     for budget in budgets:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mkv_kernels.codes import MEAN_SQUARED_ERRORS
-from mkv_kernels.layout import KEY, side_bytes
+from mkv_kernels.layout import KEY, WIDTHS, side_bytes
 from vllm_mkv.allocation import AllocationPath, CacheShape, check_width_ladder, split_groups
 
 ITEMSIZE = 2
@@ -22,7 +22,7 @@ ITEMSIZE = 2
 
 
 def least_damage_path(
-    shape: CacheShape, damage: np.ndarray, widths: Sequence[int] = (16, 8, 4, 2, 0), num_shards: int = 1
+    shape: CacheShape, damage: np.ndarray, widths: Sequence[int] = WIDTHS, num_shards: int = 1
 ) -> AllocationPath:
     """Orders all steps down the ladder of `widths`.
 

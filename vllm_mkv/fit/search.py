@@ -12,24 +12,28 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from mkv_kernels.codes import MEAN_SQUARED_ERRORS
-from mkv_kernels.layout import KEY, VALUE, BlockWidths
-from vllm_mkv import __version__
+from mkv_kernels.layout import KEY, VALUE, WIDTHS, BlockWidths
 from vllm_mkv.adapter import Adapter, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder, split_groups
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
 from vllm_mkv.fit.bases import block_weights, whitened
-from vllm_mkv.fit.calibrate import attention_statistics, choose_context, output_metrics, reachable_allocations
-from vllm_mkv.fit.data import split_windows, token_windows
+from vllm_mkv.fit.calibrate import (
+    attention_statistics,
+    draw_windows,
+    first_reachable,
+    how_made,
+    output_metrics,
+    with_quality,
+)
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.path import least_damage_path
 from vllm_mkv.fit.truncation import Truncation
 
-WIDTHS = (16, 8, 4, 2, 0)
 DEFAULT_TOKENS = 32_768
 DEFAULT_EVAL_WINDOWS = 16
-DEFAULT_BUDGET = 0.25
-"""Of a path with widths between 16 and 0."""
+DEFAULT_BUDGETS = (0.25, 0.5)
+"""What to serve at where nobody says, the first that is in reach; with ranks alone, from the second on."""
 MEASURED_BUDGETS = (0.75, 0.5, 0.375, 0.25, 0.167, 0.125, 0.09, 0.07)
 PROBE_WIDTH = 2
 EXPONENTS = (1.0, 0.85, 0.7, 0.55)
@@ -98,57 +102,29 @@ def search(
     """
     check_width_ladder(widths)
     split_groups(range(adapter.shape.num_groups), shards)
-    if eval_windows < 0:
-        raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
     check_output(output)
     config = adapter.config
     source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
     adapter.check_model(source.fingerprint)
-    context = choose_context(source.config, context)
-    num_windows = round(tokens / context)
-    if num_windows < 1:
-        raise ValueError(f"{tokens} tokens are no window of {context}; use more --tokens or a shorter --context")
-    windows = token_windows(
-        text, source.tokenizer(), num_windows=num_windows + eval_windows, context=context, seed=seed
-    )
-    windows, held_out = split_windows(windows, eval_windows)
+    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
     network = source.load(dtype, device)
     found = probe(network, adapter, windows, widths)
     path = least_damage_path(adapter.shape, found.damage, widths, shards)
-    made = {
-        "by": f"vllm-mkv {__version__} search",
-        "text": [str(name) for name in text],
-        "tokens": windows.size,
-        "context": context,
-        "seed": seed,
-        "dtype": str(network.dtype).removeprefix("torch."),
+    made = how_made("search", text, windows, seed, network) | {
         "widths": list(widths),
         "shards": shards,
         "exponent": found.exponent,
         "passes": found.passes,
     }
+    budget = first_reachable(path, DEFAULT_BUDGETS if set(path.widths) - {16, 0} else DEFAULT_BUDGETS[1:])
     config = config.model_copy(
-        update={"made": {**config.made, "search": made}, "default_budget": default_budget(path), "quality": []}
+        update={"made": {**config.made, "search": made}, "default_budget": budget, "quality": []}
     )
     searched = Adapter(config, found.bases, path)
     if eval_windows:
-        itemsize = source.itemsize
-        caches = projected_caches(searched, reachable_allocations(path, itemsize, MEASURED_BUDGETS), itemsize)
-        rows = measure(network, held_out, caches, stock_bytes=adapter.shape.stock_bytes_per_token(itemsize))
-        searched = replace(searched, config=config.model_copy(update={"quality": rows}))
+        searched = with_quality(searched, network, held_out, MEASURED_BUDGETS, source.itemsize)
     searched.save(output, model_card(searched.config))
     return searched, found
-
-
-def default_budget(path: AllocationPath) -> float:
-    """What to serve at where nobody says: `DEFAULT_BUDGET` with tiers, half the cache with ranks alone."""
-    for budget in (DEFAULT_BUDGET if set(path.widths) - {16, 0} else 0.5, 0.5):
-        try:
-            path.replay(budget)
-        except ValueError:
-            continue
-        return budget
-    return 1.0
 
 
 def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:

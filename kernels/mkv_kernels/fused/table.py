@@ -20,10 +20,10 @@ from functools import cached_property
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES, PageLayout, SideLayout, side_bytes
+from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES, WIDTHS, PageLayout, SideLayout, side_bytes
 
 SIDE_FIELDS = 9
-TIERS = (16, 8, 4, 2)
+TIERS = WIDTHS[:-1]
 MAX_SPLITS = 256
 ITEM_COLUMNS = (32, 64)
 """Columns of a projection that one program of the store computes: few where tokens are few, to keep a GPU busy."""
