@@ -21,8 +21,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mkv_kernels.codes import MEAN_SQUARED_ERRORS, STEPS, round_trip, token_scales
-from mkv_kernels.layout import BLOCK, WIDTHS, BlockWidths, side_bytes
+from mkv_kernels.codes import (
+    LARGEST_SCALE,
+    LEAST_SCALE,
+    MEAN_SQUARED_ERRORS,
+    STEPS,
+    round_trip,
+    scale_codes,
+    scale_values,
+)
+from mkv_kernels.layout import BLOCK, SCALE_BYTES, WIDTHS, BlockWidths, side_bytes
 from vllm_mkv.adapter import Adapter, LayerBases
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
 from vllm_mkv.evaluation.quality import Cache, measure
@@ -51,6 +59,10 @@ def in_tiers(x: Tensor, widths: BlockWidths, of_tier: Callable[[Tensor, int, Ten
     return torch.cat(parts, dim=-1)
 
 
+def token_scales(x: Tensor) -> Tensor:
+    return scale_values(scale_codes(x)).to(x.dtype)[..., None]
+
+
 GAUSSIAN_STEPS = {8: 0.030762, 4: 0.335201, 2: 0.995687}
 
 
@@ -61,7 +73,7 @@ def uniform_codes(y: Tensor, width: int, steps: dict[int, float] = STEPS) -> Ten
 
 def gaussian_steps(x: Tensor, widths: BlockWidths) -> Tensor:
     def of_tier(part: Tensor, width: int, quantised: Tensor) -> Tensor:
-        scale = token_scales(quantised).to(part.dtype)[..., None]
+        scale = token_scales(quantised)
         return uniform_codes(part / scale, width, GAUSSIAN_STEPS) * scale
 
     return in_tiers(x, widths, of_tier)
@@ -73,17 +85,17 @@ def no_scale(x: Tensor, widths: BlockWidths) -> Tensor:
 
 def scale_per_tier(x: Tensor, widths: BlockWidths) -> Tensor:
     def of_tier(part: Tensor, width: int, _: Tensor) -> Tensor:
-        scale = token_scales(part).to(part.dtype)[..., None]
+        scale = token_scales(part)
         return uniform_codes(part / scale, width) * scale
 
     return in_tiers(x, widths, of_tier)
 
 
-def scale_of_8_bits(x: Tensor, widths: BlockWidths) -> Tensor:
-    """An eighth of an octave is the unit of the scale's logarithm."""
+def scale_of_16_bits(x: Tensor, widths: BlockWidths) -> Tensor:
+    """float16"""
 
     def of_tier(part: Tensor, width: int, quantised: Tensor) -> Tensor:
-        scale = torch.exp2((8 * torch.log2(token_scales(quantised).to(part.dtype))).round() / 8)[..., None]
+        scale = quantised.square().mean(-1).sqrt().clamp(LEAST_SCALE, LARGEST_SCALE).half().to(part.dtype)[..., None]
         return uniform_codes(part / scale, width) * scale
 
     return in_tiers(x, widths, of_tier)
@@ -91,7 +103,7 @@ def scale_of_8_bits(x: Tensor, widths: BlockWidths) -> Tensor:
 
 def lloyd_max_codes(x: Tensor, widths: BlockWidths) -> Tensor:
     def of_tier(part: Tensor, width: int, quantised: Tensor) -> Tensor:
-        scale = token_scales(quantised).to(part.dtype)[..., None]
+        scale = token_scales(quantised)
         if width == 8:
             return uniform_codes(part / scale, width) * scale
         levels = gaussian_levels(width).to(part)
@@ -197,14 +209,18 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("as served: all heads, query, whitened, Hadamard, fp16 scale, rates, blocks of 16, uniform codes, greedy"),
+    Variant("as served: all heads, query, whitened, Hadamard, 8-bit scale, rates, blocks of 16, uniform codes, greedy"),
     Variant("J = 1", group_heads=1),
     Variant("basis pca", basis="pca"),
     Variant("no whitening", bases=without_whitening),
     Variant("no Hadamard", bases=without_hadamard),
-    Variant("no token scale", quantiser=no_scale, extra_bytes=lambda a: -2 * _scales(a)),
-    Variant("a scale per tier", quantiser=scale_per_tier, extra_bytes=lambda a: 2 * (_coded_tiers(a) - _scales(a))),
-    Variant("scale of 8 bits", quantiser=scale_of_8_bits, extra_bytes=lambda a: -_scales(a)),
+    Variant("no token scale", quantiser=no_scale, extra_bytes=lambda a: -SCALE_BYTES * _scales(a)),
+    Variant(
+        "a scale per tier",
+        quantiser=scale_per_tier,
+        extra_bytes=lambda a: SCALE_BYTES * (_coded_tiers(a) - _scales(a)),
+    ),
+    Variant("scale of 16 bits", quantiser=scale_of_16_bits, extra_bytes=lambda a: (2 - SCALE_BYTES) * _scales(a)),
     Variant("no exchange rates", path=lambda s, f: least_damage_path(s, f.weights, WIDTHS)),
     Variant("rates as measured", path=lambda s, f: least_damage_path(s, as_measured(f).damage, WIDTHS)),
     Variant("steps of a Gaussian", quantiser=gaussian_steps),

@@ -7,6 +7,10 @@ zero point. Its step is a little wider than the one of least mean squared error 
 for minimum distortion, 1960), which whitened coordinates, divided by the root mean square of the token's own, are
 close to.
 
+A scale takes one byte, 5 bits of exponent and 3 of mantissa: the float16 number nearest to it that has only these, cut
+to them. So it is within a seventeenth of the root mean square, and what divides a token's coordinates when they are
+stored is exactly what multiplies their codes.
+
 Bytes: a tier of S coordinates takes S b / 8 bytes per token. Byte j holds, from its lowest bits on, the codes of the
 coordinates j, j + S b / 8, j + 2 S b / 8, ..: unpacking one of the 8 / b parts gives neighbours, and needs no shuffle.
 """
@@ -22,8 +26,10 @@ STEPS = {8: 0.034, 4: 0.37, 2: 1.15}
 0.996): tokens have blocks of more and of less energy than the scale that they share says, so the tails are heavier."""
 MEAN_SQUARED_ERRORS = {16: 0.0, 8: 9.758e-5, 4: 0.012275, 2: 0.127381, 0: 1.0}
 """Of a unit Gaussian at the steps above; a coordinate that is not stored is taken for its mean."""
-LEAST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
-"""Of float16's normal numbers: a token without any energy keeps a scale to divide by, an outlier one that is finite."""
+LEAST_SCALE, LARGEST_SCALE = 2.0**-14, 61440.0
+"""A token without any energy keeps a scale to divide by, an outlier one that is finite."""
+SCALE_SHIFT = 7
+"""Bits of a float16 number's mantissa that a scale does without."""
 
 
 def multipliers(widths: BlockWidths) -> torch.Tensor:
@@ -35,9 +41,15 @@ def multipliers(widths: BlockWidths) -> torch.Tensor:
     return torch.tensor(per_block, dtype=torch.float32).repeat_interleave(BLOCK)
 
 
-def token_scales(x: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the quantised coordinates of every token, as float16 keeps it: [.., R] to [..] float16."""
-    return x.square().mean(-1).sqrt().clamp(LEAST_SCALE, LARGEST_SCALE).to(torch.float16)
+def scale_codes(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the quantised coordinates of every token, as the page keeps it: [.., R] to [..] uint8."""
+    scales = x.square().mean(-1).sqrt().clamp(LEAST_SCALE, LARGEST_SCALE).to(torch.float16)
+    return ((scales.view(torch.int16) + (1 << (SCALE_SHIFT - 1))) >> SCALE_SHIFT).to(torch.uint8)
+
+
+def scale_values(codes: torch.Tensor) -> torch.Tensor:
+    """What `scale_codes` stand for: uint8 [..] to float32 [..]. NaN stays NaN."""
+    return (codes.to(torch.int16) << SCALE_SHIFT).view(torch.float16).to(torch.float32)
 
 
 def quantise(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -73,14 +85,14 @@ def encode(x: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, list[torch.
         x: [.., R] float32, R the side's rank
 
     Returns:
-        The 16-bit tier [.., R16], still in float32; bytes of every other tier, uint8 [.., S width / 8]; and the scales
-        [..] float16, None where no coordinate is quantised.
+        The 16-bit tier [.., R16], still in float32; bytes of every other tier, uint8 [.., S width / 8]; and the scales'
+        codes [..] uint8, None where no coordinate is quantised.
     """
     exact, rest = x[..., : side.exact], x[..., side.exact :]
     if side.scale_offset is None:
         return exact, [], None
-    scale = token_scales(rest)
-    normal = (rest / scale.to(x.dtype)[..., None]).split([region.size for region in side.coded], dim=-1)
+    scale = scale_codes(rest)
+    normal = (rest / scale_values(scale).to(x.dtype)[..., None]).split([region.size for region in side.coded], dim=-1)
     tiers = zip(normal, side.coded, strict=True)
     return exact, [pack(quantise(part, region.width), region.width) for part, region in tiers], scale
 
@@ -96,7 +108,7 @@ def decode(
         return exact.to(dtype)
     tiers = zip(packed, side.coded, strict=True)
     odd = [odd_integers(unpack(codes, region.width), region.width) for codes, region in tiers]
-    scaled = torch.cat(odd, dim=-1).to(torch.float32) * scale.to(torch.float32)[..., None]
+    scaled = torch.cat(odd, dim=-1).to(torch.float32) * scale_values(scale)[..., None]
     return torch.cat([exact.to(dtype), scaled.to(dtype)], dim=-1) if side.exact else scaled.to(dtype)
 
 
@@ -111,7 +123,7 @@ def round_trip(x: torch.Tensor, widths: BlockWidths) -> torch.Tensor:
     quantised = x[..., sizes[0] : sum(sizes[:4])]
     parts[0] = torch.zeros_like(parts[0])
     if quantised.shape[-1]:
-        scale = token_scales(quantised).to(x.dtype)[..., None]
+        scale = scale_values(scale_codes(quantised)).to(x.dtype)[..., None]
         for width, step in STEPS.items():
             odd = odd_integers(quantise(parts[width] / scale, width), width).to(x.dtype)
             parts[width] = odd * (step / 2) * scale

@@ -3,7 +3,7 @@
 
 A page holds `block_size` tokens of one layer. Inside it, group-major, lie for each latent group the key's and then the
 value's regions: one region per tier, `[block_size, coordinates of the tier]` at the tier's width, and one region of
-per-token scales, `[block_size]` in float16, for a side that has coordinates of fewer than 16 bits. Every region starts
+per-token scales, one byte each, for a side that has coordinates of fewer than 16 bits. Every region starts
 on a 16-byte boundary. Latent groups of equal widths are neighbours, so that a run of them is one strided view.
 
     page of a layer with two latent groups; group 1 has a 16-bit and a 4-bit tier, group 0 only 16-bit tiers
@@ -25,8 +25,8 @@ WIDTHS = (16, 8, 4, 2, 0)
 """Bits a coordinate may have. 16 stands for the model's own dtype, whatever its size."""
 ALIGNMENT = 16
 """Bytes. Every region of a page starts on a multiple of this."""
-SCALE_BYTES = 2
-"""One float16 scale per token, latent group and side with quantised coordinates."""
+SCALE_BYTES = 1
+"""Per token, latent group and side with quantised coordinates; `codes.scale_codes` says how a scale fits in a byte."""
 KEY, VALUE = 0, 1
 
 BlockWidths = tuple[int, ...]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mkv_kernels.codes import LARGEST_SCALE, decode, encode
+from mkv_kernels.codes import decode, encode
 from mkv_kernels.layout import SCALE_BYTES, GroupRun, PageLayout, SideLayout
 
 
@@ -18,7 +18,7 @@ class SidePages:
     Shapes:
         exact:  [num_blocks, G, block_size, R16] of the model's dtype, the 16-bit tier
         coded:  per tier of fewer bits, uint8 [num_blocks, G, block_size, bytes per token]
-        scales: [num_blocks, G, block_size] float16; None where no tier is of fewer bits
+        scales: [num_blocks, G, block_size] uint8; None where no tier is of fewer bits
     """
 
     layout: SideLayout
@@ -30,7 +30,8 @@ class SidePages:
         """Coordinates `x` [S, G, R] float32 of tokens that go to place `offset` [S] of page `block` [S]."""
         exact, packed, scale = encode(x, self.layout)
         if self.exact.dtype == torch.float16:
-            exact = exact.clamp(-LARGEST_SCALE, LARGEST_SCALE)
+            largest = torch.finfo(torch.float16).max
+            exact = exact.clamp(-largest, largest)
         self.exact[block, :, offset] = exact.to(self.exact.dtype)
         for tier, codes in zip(self.coded, packed, strict=True):
             tier[block, :, offset] = codes
@@ -97,5 +98,5 @@ def _view(memory: torch.Tensor, dtype: torch.dtype, run: GroupRun, side: SideLay
     coded = tuple(view(region.offset, region.size * region.width // 8) for region in side.coded)
     scales = None
     if side.scale_offset is not None:
-        scales = view(side.scale_offset, SCALE_BYTES).view(torch.float16).squeeze(-1)
+        scales = view(side.scale_offset, SCALE_BYTES).squeeze(-1)
     return SidePages(side, exact, coded, scales)

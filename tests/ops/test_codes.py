@@ -22,7 +22,8 @@ from mkv_kernels.codes import (
     pack,
     quantise,
     round_trip,
-    token_scales,
+    scale_codes,
+    scale_values,
     unpack,
 )
 from mkv_kernels.layout import WIDTHS, PageLayout
@@ -106,7 +107,7 @@ def test_more_bits_err_less():
 @pytest.mark.parametrize("factor", [0.0, 1e-9, 1e-3, 1e3, 1e7, math.inf])
 def test_scales_are_finite_whatever_the_token(factor):
     x = torch.randn(3, 32).nan_to_num() * factor if math.isfinite(factor) else torch.full((3, 32), 1e30)
-    scale = token_scales(x)
+    scale = scale_values(scale_codes(x))
     assert scale.isfinite().all() and (scale >= LEAST_SCALE).all() and (scale <= LARGEST_SCALE).all()
     assert round_trip(x, (4, 2)).isfinite().all()
 
@@ -114,3 +115,17 @@ def test_scales_are_finite_whatever_the_token(factor):
 def test_scales_follow_the_token():
     x = torch.randn(10, 32)
     torch.testing.assert_close(round_trip(x * 64, (4, 2)), round_trip(x, (4, 2)) * 64)
+
+
+def test_a_scale_is_near_the_root_mean_square_and_stands_for_itself():
+    x = torch.linspace(math.log2(LEAST_SCALE), math.log2(LARGEST_SCALE), 10_000).exp2()
+    codes = scale_codes(x[:, None].expand(-1, 16))
+    values = scale_values(codes)
+    assert ((values / x - 1).abs() <= 1 / 16 + 1e-3).all()
+    assert (values.diff() >= 0).all() and len(codes.unique()) == 8 * 30
+    assert torch.equal(scale_codes(values[:, None].expand(-1, 16)), codes)
+
+
+def test_a_token_that_is_not_a_number_shows():
+    assert scale_values(scale_codes(torch.tensor([[1.0, math.nan]]))).isnan().all()
+    assert round_trip(torch.tensor([1.0, math.nan] * 16), (4, 2)).isnan().all()

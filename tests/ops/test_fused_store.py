@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mkv_kernels.codes import encode
+from mkv_kernels.codes import encode, scale_values
 from mkv_kernels.fused.store import StoreWorkspace, project_and_store
 from mkv_kernels.pages import view_pages
 from mkv_kernels.store import project_and_store as twin
@@ -78,8 +78,8 @@ def check(layer, T):
             if scale is None:
                 continue
             scales = side.scales[block, :, offset]
-            torch.testing.assert_close(scales, scale, rtol=1e-3, atol=0)
-            assert (scales != scale).float().mean() < 0.05
+            # A root mean square within a rounding of the middle between two scales may get either.
+            assert (scales.int() - scale.int()).abs().max() <= 1 and (scales != scale).float().mean() < 0.05
             for tier, codes in zip(side.coded, packed, strict=True):
                 assert (tier[block, :, offset] != codes).float().mean() < 0.02
 
@@ -155,7 +155,7 @@ def test_outliers_and_empty_tokens_stay_finite(make_layer, dtype):
     run(layer, q, k, v, torch.arange(20, device=k.device))
     for page in view_pages(layer.cache, layer.layout):
         for side in (page.key, page.value):
-            assert side.scales[0].isfinite().all() and side.exact[0].isfinite().all()
+            assert scale_values(side.scales[0]).isfinite().all() and side.exact[0].isfinite().all()
 
 
 @st.composite

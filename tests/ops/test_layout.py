@@ -51,7 +51,7 @@ def test_regions_are_apart_aligned_and_within_the_page(widths, block_size, items
     assert end <= layout.content_bytes <= layout.page_bytes
     assert layout.bytes_per_token % itemsize == 0
     dense = sum(side_bytes(side, itemsize) for group in widths for side in group)
-    if block_size >= 8:
+    if block_size >= 16:
         assert layout.content_bytes == dense * block_size
 
 
@@ -74,7 +74,7 @@ def test_ranks_and_regions_of_a_tiered_side():
     assert [(r.width, r.start, r.size) for r in key.regions] == [(16, 0, 16), (4, 16, 32)]
     assert key.rank == 48 and value.rank == 32
     assert key.scale_offset is not None
-    assert layout.bytes_per_token == 16 * 2 + 32 // 2 + 2 + 16 + 16 // 4 + 2
+    assert layout.bytes_per_token == 16 * 2 + 32 // 2 + 1 + 16 + 16 // 4 + 1
 
 
 def test_padding_raises_what_is_declared_and_moves_nothing():

@@ -86,7 +86,6 @@ def draw_widths(allocation: Allocation, title: str, file: str | Path) -> None:
         ValueError: the file's type is not one that matplotlib writes, or its folder does not exist.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 

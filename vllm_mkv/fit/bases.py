@@ -109,7 +109,7 @@ def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
     """The same nested blocks of 16 coordinates, each of unit covariance and then rotated by a Hadamard matrix.
 
     So the coordinates of a block look alike, and like those of any other block, as one quantiser for all wants them.
-    The subspaces do not change. It hardly matters whether the bases were whitened before.
+    The subspaces do not change, and it does not matter whether the bases were whitened before.
     """
     A, B = _whiten(bases.A, statistics.key.covariance)
     C, D = _whiten(bases.C, statistics.value.covariance)
@@ -119,15 +119,16 @@ def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
 def _whiten(down: np.ndarray, covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """From `down`, float32 [G, n, n], and the covariance of what it projects, [G, n, n]: a pair with down up^T = I."""
     blocks = torch.from_numpy(down).to(covariance).unflatten(-1, (-1, BLOCK)).transpose(1, 2)
-    values, vectors = torch.linalg.eigh(blocks.mT @ covariance[:, None] @ blocks)
+    # Variances along orthogonal directions of unit length, whatever the lengths and angles of the columns were before.
+    plane, _ = torch.linalg.qr(blocks)
+    values, vectors = torch.linalg.eigh(plane.mT @ covariance[:, None] @ plane)
     # A direction that hardly varied is not blown up without bound: it might vary where the model is served, and beside
     # directions that vary much it would leave little of float32 to them.
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    squares = (blocks @ vectors).square().sum(-2)
-    most = (values / squares).amax(-1, keepdim=True)
+    most = values.amax(-1, keepdim=True)
     least = torch.maximum(LEAST_SHARE * torch.where(mean > 0, mean, 1.0), LEAST_SHARE_OF_BLOCK * most)
-    turn = vectors * torch.maximum(values, least * squares).rsqrt()[..., None, :] @ hadamard(BLOCK).to(vectors)
-    new_down = (blocks @ turn).transpose(1, 2).flatten(-2).float()
+    turn = vectors * torch.maximum(values, least).rsqrt()[..., None, :] @ hadamard(BLOCK).to(vectors)
+    new_down = (plane @ turn).transpose(1, 2).flatten(-2).float()
     new_up = torch.linalg.inv(new_down.double()).mT.float().contiguous()
     return new_down.cpu().numpy(), new_up.cpu().numpy()
 

@@ -12,7 +12,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mkv_kernels.fused.table import LayerTable, power_of_two
-from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES
+from mkv_kernels.layout import ALIGNMENT
 
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 88 * 1024
@@ -22,10 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Pages:
-    """A cache as the kernels take it: the same memory as elements of the model's dtype, bytes, and float16 numbers."""
+    """A cache as the kernels take it: the same memory as elements of the model's dtype and as bytes."""
 
-    pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    strides: tuple[int, int, int]
+    pages: tuple[torch.Tensor, torch.Tensor]
+    strides: tuple[int, int]
     """From block to block, in the same units."""
 
 
@@ -119,10 +119,7 @@ def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
             f"the cache starts at {cache.data_ptr() % ALIGNMENT} bytes beyond a multiple of {ALIGNMENT} and its blocks "
             f"lie {stride} bytes apart; both must be multiples of {ALIGNMENT}: pad the pages"
         )
-    memory = cache.view(torch.uint8)
-    # The last dimension of a page in bytes is a multiple of 2, so float16 fits whatever the model's dtype is.
-    scales = cache.view(torch.float16)
-    return Pages((cache, memory, scales), (stride // layout.itemsize, stride, stride // SCALE_BYTES))
+    return Pages((cache, cache.view(torch.uint8)), (stride // layout.itemsize, stride))
 
 
 def check_attention(

@@ -19,6 +19,7 @@ from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, STEPS
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable
 from mkv_kernels.fused.tile import rank_of, tier_of
+from mkv_kernels.fused.unpack import scale_codes, scale_values
 
 FEW_TOKENS = 64
 """Up to which a launch is short of programs rather than of arithmetic."""
@@ -68,9 +69,7 @@ def _pack(
     block,
     slot,
     memory_ptr,
-    scales_ptr,
     stride_memory,
-    stride_scales,
     region,
     least,
     largest,
@@ -95,13 +94,15 @@ def _pack(
         squares += tl.sum(x * x, 1)
     scale = tl.sqrt_rn(tl.div_rn(squares, count.to(tl.float32)))
     # Comparisons let NaN pass, so that it shows.
-    scale = tl.where(scale < least, least, tl.where(scale > largest, largest, scale)).to(tl.float16)
-    tl.store(scales_ptr + block * stride_scales + tl.load(region + 8) + slot, scale, mask=row_mask)
+    scale = tl.where(scale < least, least, tl.where(scale > largest, largest, scale))
+    code = scale_codes(scale)
+    tl.store(memory_ptr + block * stride_memory + tl.load(region + 8) + slot, code, mask=row_mask)
+    scale = scale_values(code)
     for tier in tl.static_range(1, 4):
         if SIDE[0][tier] > 0:
             offset, size, begin = tier_of(region, tier, SIDE[2][tier])
             to = memory_ptr + block * stride_memory + (offset + slot * size)
-            _pack_tier(rows, row_mask, scale.to(tl.float32), to, size, begin - exact, 16 >> tier, STEPS[tier], ROWS, C)
+            _pack_tier(rows, row_mask, scale, to, size, begin - exact, 16 >> tier, STEPS[tier], ROWS, C)
 
 
 @triton.jit
@@ -111,7 +112,6 @@ def _store_side(
     shift_ptr,
     cache_ptr,
     memory_ptr,
-    scales_ptr,
     slots_ptr,
     item,
     region,
@@ -121,7 +121,6 @@ def _store_side(
     stride_x,
     stride_cache,
     stride_memory,
-    stride_scales,
     rank_max,
     stride_scratch,
     least,
@@ -177,9 +176,7 @@ def _store_side(
                 block,
                 slot,
                 memory_ptr,
-                scales_ptr,
                 stride_memory,
-                stride_scales,
                 region,
                 least,
                 largest_scale,
@@ -199,7 +196,6 @@ def _store_kernel(
     projected_ptr,
     cache_ptr,
     memory_ptr,
-    scales_ptr,
     slots_ptr,
     items_ptr,
     regions_ptr,
@@ -220,7 +216,6 @@ def _store_kernel(
     stride_p_head,
     stride_cache,
     stride_memory,
-    stride_scales,
     stride_scratch,
     rank_k,
     rank_v,
@@ -271,16 +266,16 @@ def _store_kernel(
         counter = counters_ptr + side * tl.cdiv(num_tokens, ROWS) + tile
         if kind == 1:
             _store_side(
-                k_ptr, key_down_ptr, key_shift_ptr, cache_ptr, memory_ptr, scales_ptr, slots_ptr, item, region,
-                scratch, counter, num_tokens, stride_k, stride_cache, stride_memory, stride_scales, rank_k,
+                k_ptr, key_down_ptr, key_shift_ptr, cache_ptr, memory_ptr, slots_ptr, item, region,
+                scratch, counter, num_tokens, stride_k, stride_cache, stride_memory, rank_k,
                 stride_scratch, least, largest_scale, largest, WIDTH, BLOCK_SIZE, KEY, STEPS, True, ROWS, C, K,
                 PRECISION,
             )  # fmt: skip
         else:
             _store_side(
-                v_ptr, value_down_ptr, value_shift_ptr, cache_ptr, memory_ptr, scales_ptr, slots_ptr, item,
-                region + FIELDS, scratch, counter, num_tokens, stride_v, stride_cache, stride_memory, stride_scales,
-                rank_v, stride_scratch, least, largest_scale, largest, WIDTH, BLOCK_SIZE, VALUE, STEPS, not FOLDED,
+                v_ptr, value_down_ptr, value_shift_ptr, cache_ptr, memory_ptr, slots_ptr, item,
+                region + FIELDS, scratch, counter, num_tokens, stride_v, stride_cache, stride_memory, rank_v,
+                stride_scratch, least, largest_scale, largest, WIDTH, BLOCK_SIZE, VALUE, STEPS, not FOLDED,
                 ROWS, C, K, PRECISION,
             )  # fmt: skip
 

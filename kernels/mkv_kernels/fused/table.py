@@ -7,9 +7,9 @@ values:
 
     offset and size of the tier of 16, 8, 4 and 2 bits; offset of the token scales
 
-Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in bytes for the others, in float16
-numbers for the scales. Sizes are coordinates for 16 bits and bytes per token for the others, 0 where a group has no
-such tier; the scales' offset is -1 where it has none at all.
+Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in bytes for all others. Sizes are
+coordinates for 16 bits and bytes per token for the others, 0 where a group has no such tier; the scales' offset is -1
+where it has none at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.layout import ALIGNMENT, SCALE_BYTES, WIDTHS, PageLayout, SideLayout, side_bytes
+from mkv_kernels.layout import ALIGNMENT, WIDTHS, PageLayout, SideLayout, side_bytes
 
 SIDE_FIELDS = 9
 TIERS = WIDTHS[:-1]
@@ -198,7 +198,7 @@ def _side_row(side: SideLayout, layout: PageLayout) -> list[int]:
     row = [
         number for width, size in zip(TIERS, tier_sizes(side), strict=True) for number in (offsets.get(width, 0), size)
     ]
-    return [*row, -1 if side.scale_offset is None else side.scale_offset // SCALE_BYTES]
+    return [*row, -1 if side.scale_offset is None else side.scale_offset]
 
 
 def _by_group(runs: tuple[RunBases, ...], name: str, num_groups: int, dim: int, size: int) -> torch.Tensor:

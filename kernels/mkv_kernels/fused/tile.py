@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mkv_kernels.fused.unpack import odd_integers
+from mkv_kernels.fused.unpack import odd_integers, scale_values
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def rank_of(region):
 
 
 @triton.jit
-def token_scales(scales, page, slot, region, live):
+def token_scales(memory, page, slot, region, live):
     """[N], 0 for tokens that are not live and for groups without coded tiers, whatever lies there."""
     at = tl.load(region + 8) + slot * 0
-    return tl.load(scales + page + (at + slot), mask=live & (at >= 0), other=0.0).to(tl.float32)
+    return scale_values(tl.load(memory + page + (at + slot), mask=live & (at >= 0), other=0))
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def attend_tokens(
         query: [M] pointers to rows of q'.
         row_last: [M] the last position that a row sees; -1 for rows that are none.
         first, last: tokens of the request, [first, last).
-        pages, strides: the cache and its block stride as elements of the model's dtype, bytes, float16 numbers.
+        pages, strides: the cache and its block stride as elements of the model's dtype and as bytes.
         block_table: pointer to the request's row.
         SWAPPED: whether tokens are the rows of the products with keys, as they should be where they are more than the
             queries' rows.
@@ -184,7 +184,7 @@ def attend_tokens(
                 keys = keys[1:]
         s = exact
         if CODED_K:
-            scale = token_scales(pages[2], block * strides[2], slot, region_k, live)
+            scale = token_scales(pages[1], block * strides[1], slot, region_k, live)
             s += coded * (scale[:, None] if SWAPPED else scale[None, :])
         if SWAPPED:
             s = tl.trans(s)
@@ -200,7 +200,7 @@ def attend_tokens(
         b_p = p.to(DTYPE)
         b_p_scaled = b_p
         if CODED_V:
-            b_p_scaled = (p * token_scales(pages[2], block * strides[2], slot, region_v, live)[None, :]).to(DTYPE)
+            b_p_scaled = (p * token_scales(pages[1], block * strides[1], slot, region_v, live)[None, :]).to(DTYPE)
         added = ()
         for tier in tl.static_range(4):
             for tile in tl.static_range(0 + VALUE[1][tier]):

@@ -12,6 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mkv_kernels import codes
+
+SCALE_SHIFT = tl.constexpr(codes.SCALE_SHIFT)
+HALF_A_SCALE = tl.constexpr(1 << (codes.SCALE_SHIFT - 1))
+
 
 @triton.constexpr_function
 def ptx(width: int, part: int, half: bool) -> str:
@@ -70,3 +75,16 @@ def odd_integers(packed, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.cons
             codes = (packed >> (PART * WIDTH)) & ((1 << WIDTH) - 1)
         odd = (codes.to(tl.int16) * 2 - ((1 << WIDTH) - 1)).to(DTYPE)
     return odd
+
+
+@triton.jit
+def scale_codes(scales):
+    """See `codes.scale_codes`: float32 between the least and the largest scale to uint8."""
+    bits = scales.to(tl.float16).to(tl.int16, bitcast=True)
+    return ((bits + HALF_A_SCALE) >> SCALE_SHIFT).to(tl.uint8)
+
+
+@triton.jit
+def scale_values(stored):
+    """See `codes.scale_values`: uint8 to float32; 0 is worth 0."""
+    return (stored.to(tl.int16) << SCALE_SHIFT).to(tl.float16, bitcast=True).to(tl.float32)
