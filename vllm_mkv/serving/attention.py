@@ -1,26 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention layer's work in a step: project and store, then attend. No arithmetic of its own."""
+"""One attention layer as vLLM knows it: what it refuses, and whom it hands a step to. No arithmetic of its own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from mkv_kernels.attend import attend
-from mkv_kernels.pages import RunPages, view_pages
-from mkv_kernels.store import project_and_store
-
 if TYPE_CHECKING:
-    from mkv_kernels.bases import LayerBases
     from vllm_mkv.serving.metadata import MKVMetadata
 
 
-class MKVAttentionImpl(AttentionImpl):
-    """`MKVModelLoader` sets `bases` once the weights are there."""
+class LayerAttention(Protocol):
+    """A layer's bases and the kernels that use them."""
 
-    bases: LayerBases | None = None
+    def reserve(self) -> None:
+        """Allocates what the largest step needs beside the cache."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Stores the step's tokens and attends; shapes as in `MKVAttentionImpl.forward`."""
+
+
+class MKVAttentionImpl(AttentionImpl):
+    """`MKVModelLoader` sets `attention` once the weights are there."""
+
+    attention: LayerAttention | None = None
 
     def __init__(
         self,
@@ -54,8 +67,6 @@ class MKVAttentionImpl(AttentionImpl):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._pages: tuple[RunPages, ...] = ()
-        self._pages_of: torch.Tensor | None = None
 
     def forward(
         self,
@@ -77,19 +88,9 @@ class MKVAttentionImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantisation is not supported with MKV")
         if attn_metadata is None:  # profiling: vLLM has allocated no cache yet
+            if self.attention is not None:
+                self.attention.reserve()
             return output.fill_(0)
-        assert self.bases is not None, "the adapter was not loaded into this layer"
-        if self._pages_of is not kv_cache:
-            self._pages, self._pages_of = view_pages(kv_cache, self.bases.layout), kv_cache
-        num_tokens = attn_metadata.num_actual_tokens
-        projected = project_and_store(
-            query[:num_tokens],
-            key[:num_tokens],
-            value[:num_tokens],
-            self._pages,
-            self.bases,
-            attn_metadata.slots,
-            attn_metadata.tokens,
-        )
-        attend(projected, self._pages, self.bases, attn_metadata.buckets, self.scale, output[:num_tokens])
+        assert self.attention is not None, "the adapter was not loaded into this layer"
+        self.attention(query, key, value, kv_cache, attn_metadata, output)
         return output

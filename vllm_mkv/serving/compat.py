@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from torch import nn
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 SUPPORTED_VLLM = ("0.32", "0.33")
 NAME = "MKV"
 BACKEND = "vllm_mkv.serving.backend.MKVAttentionBackend"
+INTERPRETED_PROCESSORS = 8
+"""What work is cut up for where Triton is interpreted."""
 
 
 def vllm_version() -> str:
@@ -242,6 +246,71 @@ def plain_linear_children(parent: nn.Module) -> tuple[Any, Any]:
         return found[0] if plain else None
 
     return only(QKVParallelLinear), only(RowParallelLinear)
+
+
+def kernels(option: str) -> str:
+    """ "triton" or "torch", from the option of that name.
+
+    Raises:
+        NotImplementedError: Triton is asked for where it cannot run.
+    """
+    from vllm.platforms import current_platform
+
+    # The platform, not a tensor's device, says what vLLM runs on.
+    on_gpu = current_platform.is_cuda_alike()
+    if option == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError(
+            "Triton kernels need a GPU; leave the mkv option kernels at auto, or set TRITON_INTERPRET=1 to debug them"
+        )
+    return ("triton" if on_gpu else "torch") if option == "auto" else option
+
+
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU. Private: vllm.utils.platform_utils.num_compute_units."""
+    from vllm.platforms import current_platform
+    from vllm.utils.platform_utils import num_compute_units
+
+    return num_compute_units(device.index or 0) if current_platform.is_cuda_alike() else INTERPRETED_PROCESSORS
+
+
+def max_decode_queries(vllm_config: VllmConfig) -> int:
+    """Queries of a request that decodes, drafts included. Private: max_decode_query_len of attention backends."""
+    try:
+        from vllm.v1.attention.backend import max_decode_query_len
+    except ImportError:
+        speculative = vllm_config.speculative_config
+        return 1 + (speculative.num_speculative_tokens or 0 if speculative is not None else 0)
+    return max_decode_query_len(vllm_config)
+
+
+def shared_workspace(device: torch.device, *sizes: tuple[int, torch.dtype]) -> list[torch.Tensor]:
+    """Flat tensors of so many numbers each, out of the memory that vLLM's backends share.
+
+    Private: the workspace manager, which the CPU's runner does not make.
+    """
+    import torch
+    from vllm.v1.worker import workspace
+
+    if workspace.is_workspace_manager_initialized():
+        return workspace.current_workspace_manager().get_simultaneous(*(((size,), dtype) for size, dtype in sizes))
+    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes]
+
+
+def zeroed_workspace(device: torch.device, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor that nobody else writes, zero when it is made. Private: as `shared_workspace`."""
+    import torch
+    from vllm.v1.worker import workspace
+
+    if workspace.is_workspace_manager_initialized():
+        return workspace.current_workspace_manager().get_persistent(name, (size,), dtype, zero_init=True)
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def workspace_is_final() -> bool:
+    """Whether what `shared_workspace` gave stays where it is. Private: as `shared_workspace`."""
+    from vllm.v1.worker import workspace
+
+    return not workspace.is_workspace_manager_initialized() or workspace.current_workspace_manager().is_locked()
 
 
 def memo_on_step(step: Any, build: Callable[[], Any]) -> Any:

@@ -24,10 +24,15 @@ from vllm_mkv.serving.attention import MKVAttentionImpl
 from vllm_mkv.serving.configure import configure
 from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
+from vllm_mkv.serving.torch_attention import TorchAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
+
+    from vllm_mkv.serving.attention import LayerAttention
 
 logger = init_logger("vllm.mkv.loader")
 
@@ -86,6 +91,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
     # With LoRA, deltas computed from the model's own weights are added behind every projection.
     may_fold = may_fold and vllm_config.lora_config is None
+    make_attention = _attention_maker(vllm_config, next(iter(layers.values())))
     folded = [0, 0]
     for name, layer in layers.items():
         index = compat.layer_index(name)
@@ -96,14 +102,33 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
             )
         parent = modules.get(name.rpartition(".")[0])
         qkv, out = fold.foldable(parent, layer) if may_fold and parent is not None else (None, None)
-        _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out)
+        _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out, make_attention)
         folded[0] += qkv is not None
         folded[1] += out is not None and plan.adapter.config.group_heads == 1
     model.load_weights = _refuse_reload  # type: ignore[assignment]
     logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
 
 
-def _adapt_layer(layer: Attention, plan: ServingPlan, position: int, qkv: Any, out: Any) -> None:
+def _attention_maker(vllm_config: VllmConfig, layer: Attention) -> Callable[[LayerBases, Attention], LayerAttention]:
+    """What makes a layer's kernels from its bases; `layer` is any of them."""
+    if compat.kernels(MKVOptions.of(vllm_config).kernels) == "torch":
+        return lambda bases, layer: TorchAttention(bases, layer.impl.scale)
+    from vllm_mkv.serving.triton_attention import TritonAttention
+    from vllm_mkv.serving.workspace import StepLimits, Workspace
+
+    device = next(iter(layer.buffers())).device
+    workspace = Workspace(StepLimits.of(vllm_config, device), vllm_config.model_config.dtype, device)
+    return lambda bases, layer: TritonAttention(bases, layer.impl.scale, layer.num_heads, workspace)
+
+
+def _adapt_layer(
+    layer: Attention,
+    plan: ServingPlan,
+    position: int,
+    qkv: Any,
+    out: Any,
+    make_attention: Callable[[LayerBases, Attention], LayerAttention],
+) -> None:
     shard, num_shards = get_tensor_model_parallel_rank(), plan.num_shards
     groups = list(split_groups(range(plan.allocation.shape.num_groups), num_shards)[shard])
     bases = plan.adapter.bases[position]
@@ -139,7 +164,7 @@ def _adapt_layer(layer: Attention, plan: ServingPlan, position: int, qkv: Any, o
         layout = plan.allocation.layout(
             position, block_size=block_size, itemsize=plan.itemsize, shard=shard, num_shards=num_shards
         )
-        layer.impl.bases = cut(layout)
+        layer.impl.attention = make_attention(cut(layout), layer)
         return FullAttentionSpec(
             block_size=block_size,
             num_kv_heads=layer.num_kv_heads,

@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from mkv_kernels.schedule import Bucket, make_buckets
 from vllm_mkv.serving import compat
+from vllm_mkv.serving.options import MKVOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 @dataclass(frozen=True)
-class MKVMetadata:
+class TorchMetadata:
     """Shapes: slots [S] int64, none negative; tokens [S] int64, or None where token i goes to slot i."""
 
     num_actual_tokens: int
@@ -22,15 +28,68 @@ class MKVMetadata:
     buckets: list[Bucket]
 
 
-class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
-    """Builds on the host: the attention of this version is PyTorch, and cannot be captured into a CUDA graph."""
+@dataclass(frozen=True)
+class Requests:
+    """Shapes: block_table [B, blocks], seq_lens [B], query_start_loc [B + 1], all int32."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+    @classmethod
+    def of(cls, step: CommonAttentionMetadata, first: int, last: int) -> Requests | None:
+        if first == last:
+            return None
+        return cls(
+            step.block_table_tensor[first:last], step.seq_lens[first:last], step.query_start_loc[first : last + 1]
+        )
+
+
+@dataclass(frozen=True)
+class TritonMetadata:
+    """Views of the step's own tensors. Decoding requests come before all others.
+
+    slots: [num_actual_tokens] int64, negative for tokens that are padding.
+    max_seq_len: at least the longest decoding request's; for a CUDA graph, that of any request.
+    """
+
+    num_actual_tokens: int
+    slots: torch.Tensor
+    decodes: Requests | None
+    prefills: Requests | None
+    num_decode_tokens: int
+    max_decode_queries: int
+    max_seq_len: int
+
+
+MKVMetadata = TorchMetadata | TritonMetadata
+
+
+class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
+    """With Triton, from shapes alone, nothing is waited for; PyTorch needs the lengths on the host."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
         self.dtype = vllm_config.model_config.dtype
+        self.triton = compat.kernels(MKVOptions.of(vllm_config).kernels) == "triton"
+        self.max_model_len = vllm_config.model_config.max_model_len
+        if self.triton:
+            from vllm_mkv.serving.workspace import decode_queries
+
+            # vLLM's runners bring requests of at most so many queries to the front.
+            self.reorder_batch_threshold = decode_queries(vllm_config)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: object) -> AttentionCGSupport:
+        """Steps in which all requests decode, with their speculative tokens where there are few enough."""
+        if compat.kernels(MKVOptions.of(vllm_config).kernels) != "triton":
+            return AttentionCGSupport.NEVER
+        from vllm_mkv.serving.workspace import decode_queries
+
+        if decode_queries(vllm_config) == compat.max_decode_queries(vllm_config):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -38,13 +97,36 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
         # Layers whose specs differ have builders of their own, which all get the same object in a step.
         return compat.memo_on_step(common_attn_metadata, lambda: self._build(common_attn_metadata))
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> MKVMetadata:
+        # A graph serves requests of any length.
+        return self.build(0, common_attn_metadata.replace(max_seq_len=self.max_model_len))
+
     def _build(self, step: CommonAttentionMetadata) -> MKVMetadata:
         if step.causal is not True:
             raise NotImplementedError("attention that is not causal; serve this model with another backend")
+        return self._build_triton(step) if self.triton else self._build_torch(step)
+
+    def _build_triton(self, step: CommonAttentionMetadata) -> TritonMetadata:
+        assert self.reorder_batch_threshold is not None
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
+        lengths = step.query_start_loc_cpu[: num_decodes + 1].diff()
+        # Two kinds of steps rather than one per number of queries: each compiles kernels of its own.
+        single = num_decodes == 0 or int(lengths.max()) <= 1
+        return TritonMetadata(
+            num_actual_tokens=step.num_actual_tokens,
+            slots=step.slot_mapping[: step.num_actual_tokens],
+            decodes=Requests.of(step, 0, num_decodes),
+            prefills=Requests.of(step, num_decodes, step.num_reqs),
+            num_decode_tokens=num_decode_tokens,
+            max_decode_queries=1 if single else self.reorder_batch_threshold,
+            max_seq_len=step.max_seq_len,
+        )
+
+    def _build_torch(self, step: CommonAttentionMetadata) -> TorchMetadata:
         slots = step.slot_mapping[: step.num_actual_tokens].long()
         kept = slots >= 0
         tokens = None if bool(kept.all()) else kept.nonzero()[:, 0]
-        return MKVMetadata(
+        return TorchMetadata(
             num_actual_tokens=step.num_actual_tokens,
             slots=slots if tokens is None else slots[tokens],
             tokens=tokens,

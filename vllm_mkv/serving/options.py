@@ -17,6 +17,7 @@ class MKVOptions(BaseModel):
     adapter: folder or Hub repository; without it, the folder `mkv` of the model.
     revision: of the adapter's Hub repository.
     budget: bytes per token as a share of the model's own cache, in (0, 1]; without it, the adapter's default.
+    kernels: "triton" or "torch"; "auto" takes Triton on GPUs and PyTorch on CPUs.
     allocation: "path" replays the adapter's allocation path, "uniform" treats all latent groups alike.
     digest: of the adapter. Set by the plugin, so that vLLM's compile cache and other processes see the same adapter.
     """
@@ -27,6 +28,7 @@ class MKVOptions(BaseModel):
     revision: str | None = None
     budget: Any = None
     allocation: Literal["path", "uniform"] = "path"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
     digest: str | None = None
 
     @classmethod
@@ -39,7 +41,7 @@ class MKVOptions(BaseModel):
         known = ", ".join(name for name in cls.model_fields if name != "digest")
         if not isinstance(raw, dict):
             raise ValueError(f'--additional-config: "mkv" is {raw!r}; give an object with some of: {known}')
-        for name in ("adapter", "budget", "allocation"):
+        for name in ("adapter", "budget", "allocation", "kernels"):
             if name in additional:
                 raise ValueError(
                     f'--additional-config: {name!r} is beside "mkv"; put it inside: {{"mkv": {{"{name}": ...}}}}'

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_mkv.adapter import Adapter, choose_budget, digest, locate
 from vllm_mkv.allocation import Allocation
 from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.serving import compat
 from vllm_mkv.serving.options import MKVOptions
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BLOCK_SIZE = 16
 """Tokens per page to reckon with while vLLM has not chosen them yet; only tiers of few bits in tiny pages notice."""
+KERNELS = {"torch": "PyTorch", "triton": "Triton"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ServingPlan:
     block_size: int
     itemsize: int
     num_shards: int
+    kernels: str
 
     @classmethod
     def make(cls, vllm_config: VllmConfig, options: MKVOptions) -> ServingPlan:
@@ -52,7 +55,8 @@ class ServingPlan:
         num_shards = vllm_config.parallel_config.tensor_parallel_size
         _check_groups(adapter, num_shards)
         allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
-        return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards)
+        kernels = compat.kernels(options.kernels)
+        return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards, kernels)
 
     @property
     def bytes_per_token(self) -> int:
@@ -82,7 +86,7 @@ class ServingPlan:
             f"MKV: adapter {self.folder} ({self.digest}), budget {self.budget:g} asked and {reached:.4f} reached: "
             f"{used} bytes per token in place of {round(used / reached)}"
             + (f" ({waste} of them padding)" if waste else "")
-            + f", {1 / reached:.2f} times the tokens in the same memory"
+            + f", {1 / reached:.2f} times the tokens in the same memory; {KERNELS[self.kernels]} kernels"
         )
 
 

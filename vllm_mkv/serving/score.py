@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from vllm_mkv.serving import compat
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import LLM, RequestOutput
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which so can start one engine after the other
@@ -55,12 +56,6 @@ def log_probabilities(
     Raises:
         ValueError, NotImplementedError: what the plugin or vLLM refuses, with the mend.
     """
-    # vLLM reads some of them when it is imported.
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     context = windows.shape[1]
     settings: dict[str, Any] = {
         "model": model,
@@ -83,22 +78,36 @@ def log_probabilities(
         settings["block_size"] = block_size
     if mkv is not None:
         settings |= {"attention_backend": "mkv", "additional_config": {"mkv": mkv}}
-    # The last token is predicted, not fed: a model's longest context leaves no room for one more.
-    parameters = SamplingParams(
-        temperature=0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False
-    )
+    with running_engine(settings) as llm, compat.prompt_logprobs_as_arrays():
+        from vllm import SamplingParams
+
+        # The last token is predicted, not fed: a model's longest context leaves no room for one more.
+        parameters = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False
+        )
+        for window in windows:
+            (output,) = llm.generate({"prompt_token_ids": window[:-1].tolist()}, parameters, use_tqdm=False)
+            yield all_logprobs(output, llm.model_config.get_vocab_size())
+
+
+@contextmanager
+def running_engine(settings: dict[str, Any]) -> Iterator[LLM]:
+    """An engine in this process with these arguments of `vllm.LLM`, which is stopped and gives its memory back."""
+    # vLLM reads some of them when it is imported.
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     llm = None
     try:
         llm = LLM(**settings)
-        with compat.prompt_logprobs_as_arrays():
-            for window in windows:
-                (output,) = llm.generate({"prompt_token_ids": window[:-1].tolist()}, parameters, use_tqdm=False)
-                yield all_logprobs(output, llm.model_config.get_vocab_size())
+        yield llm
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-        # Before the memory is given back, which needs that nothing holds the model.
-        del llm
+            # The caller still has a name for it, and memory is given back only where nothing holds the model.
+            vars(llm).clear()
         cleanup_dist_env_and_memory()
 
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine with the Triton kernels, interpreted: what it does on a GPU but for the GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# Triton decides when its kernels are imported, so the engines run in a process of their own.
+GENERATE = """
+import json, sys
+from vllm import SamplingParams
+from vllm_mkv.serving.score import running_engine
+
+runs, prompts, num_tokens = json.loads(sys.argv[1])
+parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+results = []
+for settings in runs:
+    with running_engine(settings) as engine:
+        outputs = [output.outputs[0] for output in engine.generate(prompts, parameters, use_tqdm=False)]
+        logprobs = [[entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs)] for o in outputs]
+        results.append(([list(o.token_ids) for o in outputs], logprobs))
+print("RESULT", json.dumps(results))
+"""
+
+
+def generate(runs, prompts, num_tokens=6, **environment):
+    """Tokens and log-probabilities per run and prompt."""
+    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-c", GENERATE, json.dumps([runs, prompts, num_tokens])]
+    ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
+    results = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return json.loads(results[0].removeprefix("RESULT "))
+
+
+def with_kernels(serving, model, adapter, budget, kernels, **options):
+    settings = serving.engine_settings(model, adapter, budget, max_num_seqs=4, **options)
+    settings["additional_config"]["mkv"]["kernels"] = kernels
+    return settings
+
+
+@pytest.mark.parametrize("group_heads", [1, 2])
+def test_ranks_give_what_pytorch_gives(group_heads, tiny_model, make_adapter, uneven_path, serving):
+    from vllm_mkv.adapter import Adapter
+
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    shape = Adapter.load(make_adapter(model, group_heads=group_heads)).shape
+    adapter = make_adapter(model, group_heads=group_heads, path=uneven_path(shape))
+    # Chunks of 64 tokens, so that steps mix requests that decode with parts of prompts.
+    runs = [
+        with_kernels(serving, model, adapter, 0.5, kernels, max_num_batched_tokens=64, enable_chunked_prefill=True)
+        for kernels in ("torch", "triton")
+    ]
+    (tokens, logprobs), (triton_tokens, triton_logprobs) = generate(runs, serving.random_prompts((5, 90, 33, 1)))
+    assert triton_tokens == tokens
+    np.testing.assert_allclose(np.concatenate(triton_logprobs), np.concatenate(logprobs), atol=1e-3)
+
+
+def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving):
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    adapter = make_searched(model, 2)
+    runs = [with_kernels(serving, model, adapter, 0.125, kernels) for kernels in ("torch", "triton")]
+    (_, logprobs), (_, triton_logprobs) = generate(runs, serving.random_prompts((70, 20)), num_tokens=1)
+    # A coordinate at the border of two levels may fall to either side.
+    differ = np.abs(np.concatenate(triton_logprobs) - np.concatenate(logprobs))
+    assert differ.max() < 0.3 and differ.mean() < 0.1
+
+
+def test_drafts_are_decoded_together(tiny_model, make_adapter, serving):
+    model = tiny_model("llama")
+    adapter = make_adapter(model)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    runs = [
+        with_kernels(serving, model, adapter, 1.0, "torch"),
+        with_kernels(serving, model, adapter, 1.0, "triton", speculative_config=drafts),
+    ]
+    repetitive = [{"prompt_token_ids": [7, 8, 9, 10] * 8}, {"prompt_token_ids": [20, 21] * 5}]
+    (tokens, _), (drafted, _) = generate(runs, repetitive, num_tokens=12)
+    assert drafted == tokens
+
+
+def test_triton_without_a_gpu_is_refused(tiny_model, make_adapter, start_engine, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = tiny_model("llama")
+    adapter = str(make_adapter(model))
+    with pytest.raises(NotImplementedError, match="Triton kernels need a GPU"):
+        start_engine(
+            model, additional_config={"mkv": {"adapter": adapter, "kernels": "triton"}}, attention_backend="mkv"
+        )

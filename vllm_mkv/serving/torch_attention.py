@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's step in PyTorch: what runs on CPUs, and the reference of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mkv_kernels.attend import attend
+from mkv_kernels.pages import RunPages, view_pages
+from mkv_kernels.store import project_and_store
+
+if TYPE_CHECKING:
+    import torch
+
+    from mkv_kernels.bases import LayerBases
+    from vllm_mkv.serving.metadata import TorchMetadata
+
+
+class TorchAttention:
+    def __init__(self, bases: LayerBases, scale: float) -> None:
+        self.bases, self.scale = bases, scale
+        self._pages: tuple[RunPages, ...] = ()
+        self._pages_of: torch.Tensor | None = None
+
+    def reserve(self) -> None:
+        """PyTorch allocates as it goes."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: TorchMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Stores the step's tokens and attends; shapes as in `MKVAttentionImpl.forward`."""
+        if self._pages_of is not kv_cache:
+            self._pages, self._pages_of = view_pages(kv_cache, self.bases.layout), kv_cache
+        tokens = slice(step.num_actual_tokens)
+        projected = project_and_store(
+            query[tokens], key[tokens], value[tokens], self._pages, self.bases, step.slots, step.tokens
+        )
+        attend(projected, self._pages, self.bases, step.buckets, self.scale, output[tokens])

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's step in Triton: what runs on GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mkv_kernels.fused.decode import choose_splits, decode
+from mkv_kernels.fused.prefill import prefill
+from mkv_kernels.fused.store import project_and_store
+from mkv_kernels.fused.table import LayerTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from mkv_kernels.bases import LayerBases
+    from vllm_mkv.serving.metadata import TritonMetadata
+    from vllm_mkv.serving.workspace import Workspace
+
+
+class TritonAttention:
+    def __init__(self, bases: LayerBases, scale: float, num_heads: int, workspace: Workspace) -> None:
+        self.table = LayerTable.build(bases)
+        self.scale, self.num_heads, self.workspace = scale, num_heads, workspace
+        workspace.admit(self.table, num_heads)
+
+    def reserve(self) -> None:
+        self.workspace.reserve()
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: TritonMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Stores the step's tokens and attends; shapes as in `MKVAttentionImpl.forward`."""
+        table, buffers, T = self.table, self.workspace.buffers(), step.num_actual_tokens
+        shape = (T, table.num_groups, table.group_heads, self.num_heads // (table.num_groups * table.group_heads))
+        projected = buffers.projected[: T * self.num_heads * table.rank_k].view(*shape, table.rank_k)
+        project_and_store(query[:T], key[:T], value[:T], kv_cache, table, step.slots, projected, buffers.store)
+        if step.decodes is not None:
+            requests, tokens = step.decodes, slice(step.num_decode_tokens)
+            num_splits = choose_splits(
+                table, len(requests.seq_lens), step.max_seq_len, self.workspace.limits.processors
+            )
+            decode(
+                projected[tokens],
+                kv_cache,
+                table,
+                requests.block_table,
+                requests.seq_lens,
+                requests.query_start_loc,
+                self.scale,
+                output[tokens],
+                buffers.decode,
+                max_queries=step.max_decode_queries,
+                num_splits=num_splits,
+            )
+        if step.prefills is not None:
+            requests = step.prefills
+            prefill(
+                projected,
+                kv_cache,
+                table,
+                requests.block_table,
+                requests.seq_lens,
+                requests.query_start_loc,
+                self.scale,
+                output[:T],
+            )
