@@ -7,6 +7,7 @@ per KV head, d head size, n = J * d, Rk and Rv the stored coordinates of keys an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,3 +116,23 @@ class LayerBases:
                 )
             )
         return cls(layout, head_size, J, tuple(runs))
+
+
+def with_orthonormal_exact_tiers(
+    down: torch.Tensor, up: torch.Tensor, exact: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pair that projects to the same subspaces, and whose 16-bit tiers have orthonormal coordinates.
+
+    Quantisers want coordinates of equal variance. Rounded to the model's dtype, such coordinates would carry the error
+    of an unusually large one into all others; orthonormal ones err as keys and values themselves do.
+
+    Args:
+        down, up: [groups, n, n] with down up^T = I.
+        exact: coordinates of the 16-bit tier of every group.
+    """
+    down, up = down.clone(), up.clone()
+    for group, size in enumerate(exact):
+        q, r = torch.linalg.qr(down[group, :, :size].double())
+        up[group, :, :size] = (up[group, :, :size].double() @ r.mT).to(up.dtype)
+        down[group, :, :size] = q.to(down.dtype)
+    return down, up

@@ -127,6 +127,7 @@ def test_tiers_in_the_engine_equal_those_of_transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from mkv_kernels.bases import with_orthonormal_exact_tiers
     from vllm_mkv.adapter import Adapter
     from vllm_mkv.fit.attention import intercepted, layer_index
     from vllm_mkv.fit.truncation import Truncation, by_group, by_head
@@ -142,11 +143,12 @@ def test_tiers_in_the_engine_equal_those_of_transformers(
     def compare_and_replace(module, query, key, value):
         layer = layer_index(module)
         bases, sides = loaded.bases[layer], []
-        for heads, held, up, mean in (
-            (wanted(module, query, key, value)[0], stored.layers[layer][0], bases.B.swapaxes(-1, -2), bases.key_mean),
-            (wanted(module, query, key, value)[1], stored.layers[layer][1], bases.D, bases.value_mean),
-        ):
-            groups = held @ torch.from_numpy(up) + torch.from_numpy(mean)[:, None]
+        pairs = ((bases.A, bases.B, bases.key_mean), (bases.C, bases.D.swapaxes(-1, -2), bases.value_mean))
+        for side, (down, up, mean) in enumerate(pairs):
+            heads, held = wanted(module, query, key, value)[side], stored.layers[layer][side]
+            exact = [16 * group[side].count(16) for group in allocation.widths[layer]]
+            _, up = with_orthonormal_exact_tiers(torch.from_numpy(down), torch.from_numpy(up.copy()), exact)
+            groups = held @ up.mT + torch.from_numpy(mean)[:, None]
             differs = (by_group(heads, group_heads)[0] - groups).abs().amax(-1) > 1e-3
             assert differs.float().mean() < 0.06, f"layer {layer}: {differs.sum()} of {differs.numel()} vectors differ"
             sides.append(by_head(groups[None], group_heads))

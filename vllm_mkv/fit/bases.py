@@ -19,7 +19,7 @@ from vllm_mkv.fit.statistics import LayerStatistics
 
 LEAST_SHARE, LARGEST_SHARE = 1e-6, 1.0
 """Of the mean eigenvalue, what is added to every eigenvalue before a covariance is inverted."""
-LEAST_SHARE_OF_BLOCK = 1e-2
+LEAST_SHARE_OF_BLOCK = 1e-4
 """Of the largest variance along a direction of a block, what whitening takes that along any other for at least."""
 INVERSE_TARGET = 1e-5
 """Largest entry of `A B^T - I` in float32 that is good enough: a hundredth of what an adapter may have."""

@@ -15,9 +15,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from mkv_kernels.bases import LayerBases
+from mkv_kernels.bases import LayerBases, with_orthonormal_exact_tiers
 from mkv_kernels.codes import multipliers
-from mkv_kernels.layout import VALUE
+from mkv_kernels.layout import BLOCK, KEY, VALUE
 from vllm_mkv.allocation import split_groups
 from vllm_mkv.serving import compat, fold
 from vllm_mkv.serving.attention import MKVAttentionImpl
@@ -136,19 +136,22 @@ def _adapt_layer(
     def mine(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array[groups]))
 
-    C, D = mine(bases.C), mine(bases.D)
+    widths = [plan.allocation.widths[position][group] for group in groups]
+    exact_k, exact_v = ([BLOCK * group[side].count(16) for group in widths] for side in (KEY, VALUE))
+    A, B = with_orthonormal_exact_tiers(mine(bases.A), mine(bases.B), exact_k)
+    C, D = with_orthonormal_exact_tiers(mine(bases.C), mine(bases.D.swapaxes(-1, -2)), exact_v)
+    D = D.mT.contiguous()
     if plan.adapter.config.group_heads > 1:
         out = None
     if qkv is not None:
         fold.fold_down(qkv, layer, C)
     if out is not None:
-        widths = plan.allocation.widths[position]
-        steps = torch.stack([multipliers(widths[group][VALUE]) for group in groups])
+        steps = torch.stack([multipliers(group[VALUE]) for group in widths])
         fold.fold_up(out, layer, D * steps[:, :, None])
     cut = partial(
         LayerBases.cut,
-        A=mine(bases.A),
-        B=mine(bases.B),
+        A=A,
+        B=B,
         C=C,
         D=D,
         key_mean=mine(bases.key_mean),
