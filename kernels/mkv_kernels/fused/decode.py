@@ -26,8 +26,11 @@ LEAST_TOKENS = 256
 """A split of fewer costs more to combine than it saves."""
 
 
-# Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_programs"])
+# Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
+@triton.jit(
+    do_not_specialize=["num_programs"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
 def _attend_kernel(
     q_ptr,
     cache_ptr,

@@ -32,8 +32,11 @@ def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
     return left
 
 
-# Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_requests"])
+# Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
+@triton.jit(
+    do_not_specialize=["num_requests"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
 def _prefill_kernel(
     q_ptr,
     cache_ptr,
