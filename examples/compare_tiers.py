@@ -137,7 +137,7 @@ def without_whitening(bases: LayerBases) -> LayerBases:
 def blocks_of_32(shape: CacheShape, damage: np.ndarray) -> AllocationPath:
     """Two neighbouring blocks of 16 always have the same width."""
     halved = replace(shape, group_width=shape.group_width // 2)
-    path = least_damage_path(halved, damage.reshape(*damage.shape[:3], -1, 2).sum(-1), WIDTHS)
+    path = least_damage_path(halved, damage.reshape(*damage.shape[:3], -1, 2, len(WIDTHS)).sum(-2), WIDTHS)
     steps = [(*where, 2 * block + i, width) for *where, block, width in path.steps.tolist() for i in (1, 0)]
     return AllocationPath(shape, np.array(steps, dtype=np.int32))
 
@@ -153,15 +153,15 @@ def exact_allocation(shape: CacheShape, damage: np.ndarray, affordable: float) -
 
 
 def _at_price(shape: CacheShape, damage: np.ndarray, price: float) -> Allocation:
-    def best(costs: list[float]) -> BlockWidths:
+    def best(blocks: list[list[float]]) -> BlockWidths:
         """Over all ways to cut a side into its tiers, by dynamic programming over blocks and widths."""
         heads: dict[int, tuple[float, BlockWidths]] = {WIDTHS[0]: (0.0, ())}
-        for cost in costs:
+        for costs in blocks:
             grown: dict[int, tuple[float, BlockWidths]] = {}
-            for width in WIDTHS:
+            for width, cost in zip(WIDTHS, costs, strict=True):
                 total, widths = min(heads[before] for before in heads if before >= width)
                 byte_count = BLOCK * (8 * ITEMSIZE if width == 16 else width) / 8
-                grown[width] = (total + cost * MEAN_SQUARED_ERRORS[width] + price * byte_count, (*widths, width))
+                grown[width] = (total + cost + price * byte_count, (*widths, width))
             heads = grown
         return min(heads.values())[1]
 
@@ -185,6 +185,11 @@ def _coded_tiers(allocation: Allocation) -> int:
 
 def same(value: Any) -> Any:
     return value
+
+
+def of_gaussians(found: Found) -> np.ndarray:
+    """What blocks would cost if errors of theirs were those of unit Gaussians."""
+    return found.damage[..., -1:] * np.array([MEAN_SQUARED_ERRORS[width] for width in WIDTHS])
 
 
 def as_measured(found: Found) -> Found:
@@ -221,7 +226,8 @@ VARIANTS = (
         extra_bytes=lambda a: SCALE_BYTES * (_coded_tiers(a) - _scales(a)),
     ),
     Variant("scale of 16 bits", quantiser=scale_of_16_bits, extra_bytes=lambda a: (2 - SCALE_BYTES) * _scales(a)),
-    Variant("no exchange rates", path=lambda s, f: least_damage_path(s, f.weights, WIDTHS)),
+    Variant("no exchange rates", path=lambda s, f: least_damage_path(s, f.errors, WIDTHS)),
+    Variant("errors of a Gaussian", path=lambda s, f: least_damage_path(s, of_gaussians(f), WIDTHS)),
     Variant("rates as measured", path=lambda s, f: least_damage_path(s, as_measured(f).damage, WIDTHS)),
     Variant("steps of a Gaussian", quantiser=gaussian_steps),
     Variant("blocks of 32", path=lambda s, f: blocks_of_32(s, f.damage)),

@@ -20,7 +20,12 @@ def random_damage(shape: CacheShape, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     size = (shape.num_layers, shape.num_groups, 2, shape.num_blocks)
     falling = np.sort(rng.lognormal(0, 2, size))[..., ::-1]
-    return falling * rng.lognormal(0, 2, (*size[:3], 1))
+    return at_all_widths(falling * rng.lognormal(0, 2, (*size[:3], 1)))
+
+
+def at_all_widths(dropped: np.ndarray) -> np.ndarray:
+    """[..] to [.., widths]: the costs of Gaussian coordinates."""
+    return dropped[..., None] * np.array([MEAN_SQUARED_ERRORS[width] for width in WIDTHS])
 
 
 def prefixes(path: AllocationPath):
@@ -33,8 +38,8 @@ def prefixes(path: AllocationPath):
 
 
 def damage_of(widths: np.ndarray, damage: np.ndarray) -> float:
-    errors = np.vectorize(MEAN_SQUARED_ERRORS.get)(widths)
-    return float((errors * damage).sum())
+    index = np.vectorize(WIDTHS.index)(widths)
+    return float(np.take_along_axis(damage, index[..., None], -1).sum())
 
 
 def bytes_of(widths: np.ndarray) -> int:
@@ -55,7 +60,7 @@ def test_a_path_is_legal_and_goes_to_the_end(widths, num_shards):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_damage_that_does_not_fall_along_the_blocks_still_gives_a_legal_path(seed):
-    damage = np.random.default_rng(seed).lognormal(0, 3, (3, 4, 2, 4))
+    damage = np.random.default_rng(seed).lognormal(0, 3, (3, 4, 2, 4, len(WIDTHS)))
     path = least_damage_path(SHAPE, damage)
     path.validate()
 
@@ -72,7 +77,7 @@ def test_no_allocation_is_cheaper_and_does_less_damage(seed):
     for price in np.logspace(-6, 4, 60):
         best = min(damage_of(widths, damage) + price * bytes_of(widths) for widths in every)
         own = min(cost + price * size for size, cost in found)
-        assert own <= best * 1.02 + 4 * price, "but for the two bytes of a side's scale"
+        assert own <= best * 1.02 + 4 * price, "but for the byte of a side's scale"
 
 
 def test_what_matters_more_keeps_more():
@@ -85,7 +90,7 @@ def test_what_matters_more_keeps_more():
 
 @pytest.mark.parametrize("num_shards", [2, 4])
 @pytest.mark.parametrize("widths", [WIDTHS, (16, 0)])
-def test_shards_waste_nothing_at_any_budget(num_shards, widths):
+def test_shards_waste_next_to_nothing_at_any_budget(num_shards, widths):
     path = least_damage_path(SHAPE, random_damage(SHAPE), widths, num_shards)
     uneven = least_damage_path(SHAPE, random_damage(SHAPE), widths)
     wasted = 0
@@ -98,8 +103,8 @@ def test_shards_waste_nothing_at_any_budget(num_shards, widths):
                     for shard in range(num_shards)
                 ]
                 waste = sum(16 * layout.bytes_per_token - layout.content_bytes for layout in layouts)
-                wasted += wastes * waste
-                assert wastes or waste == 0
+                wasted += wastes * (waste > 16 * num_shards)
+                assert wastes or waste <= 16 * num_shards, "more than the byte that makes a token's share even"
     assert wasted > 0, "balancing was of use"
 
 
@@ -111,7 +116,7 @@ def test_ranks_that_share_a_group_count_it_once():
 
 
 def test_tied_groups_are_one_of_each_shard_in_the_order_of_their_damage():
-    damage = np.array([1.0, 5.0, 2.0, 0.5])[:, None, None] * np.ones((4, 2, 4))
+    damage = np.array([1.0, 5.0, 2.0, 0.5])[:, None, None, None] * np.ones((4, 2, 4, len(WIDTHS)))
     assert tied_groups(damage, 2) == [[1, 2], [0, 3]]
     assert tied_groups(damage, 1) == [[1], [2], [0], [3]]
 

@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 
+from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.cli import main
 from vllm_mkv.evaluation.quality import measure, projected_caches
-from vllm_mkv.fit.bases import BASES, block_diagonal, block_weights, hadamard, whitened
+from vllm_mkv.fit.attention import intercepted, layer_index
+from vllm_mkv.fit.bases import BASES, block_diagonal, block_metrics, hadamard, whitened
 from vllm_mkv.fit.calibrate import attention_statistics, output_metrics
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import probe, search, spared
 from vllm_mkv.fit.statistics import LayerStatistics
+from vllm_mkv.fit.truncation import Truncation, by_group
 
 SETTINGS = {"tokens": 1024, "context": 64, "eval_windows": 4}
 
@@ -104,9 +107,10 @@ def test_to_whiten_twice_is_to_whiten_once(model, windows, tiny_model):
     for layer, found in statistics.items():
         once = whitened(BASES["query"](found, metrics[layer]), found)
         twice = whitened(once, found)
-        np.testing.assert_allclose(
-            block_weights(once, found, metrics[layer]), block_weights(twice, found, metrics[layer]), rtol=1e-3
-        )
+        weights = [
+            block_metrics(bases, found, metrics[layer]).diagonal(dim1=-2, dim2=-1).sum(-1) for bases in (once, twice)
+        ]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=0)
 
 
 def test_a_side_that_never_varies_is_whitened_to_something_finite(model, windows):
@@ -123,21 +127,50 @@ def test_hadamard_is_orthogonal_and_flat():
     torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, 0.25))
 
 
-def test_block_weights_are_the_errors_that_they_predict(model, windows, tiny_model):
-    """E[(q.e)^2] and E[|e W_O|^2] for errors of unit variance in the coordinates of one block."""
+def test_block_metrics_are_the_errors_that_they_predict(model, windows, tiny_model):
+    """E[(q.e)^2] and E[|e W_O|^2] for errors in the coordinates of one block."""
     statistics = attention_statistics(model, 2, windows)
     metric = output_metrics(model, Source(str(tiny_model("llama"))).fingerprint)[1]
     bases = whitened(BASES["query"](statistics[1], metric), statistics[1])
-    weights = block_weights(bases, statistics[1], metric)
-    noise = torch.randn(20_000, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metrics = block_metrics(bases, statistics[1], metric)
+    noise = torch.randn(500, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for side, up, of_error in (
         (0, bases.B, block_diagonal(statistics[1].query_second, 2)),
         (1, bases.D.swapaxes(-1, -2), block_diagonal(metric, 2)),
     ):
         for block in (0, 3):
             error = noise @ torch.from_numpy(up[1, :, 16 * block : 16 * block + 16].copy()).double().mT
-            expected = torch.einsum("ti,ij,tj->t", error, of_error[1], error).mean()
-            assert weights[1, side, block] == pytest.approx(float(expected), rel=0.05)
+            expected = torch.einsum("ti,ij,tj->t", error, of_error[1], error)
+            found = torch.einsum("ti,ij,tj->t", noise, metrics[1, side, block], noise)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_errors_are_those_of_the_coordinates_of_a_model_that_runs(searched, model, windows, tiny_model):
+    """Replays what the first probe saw, and quantises one block at one width by hand."""
+    adapter = searched[1]
+    found = probe(model, adapter, windows)
+    prepared = replace(adapter, bases=found.bases)
+    metrics = output_metrics(model, Source(str(tiny_model("llama"))).fingerprint)
+    truncation, seen = Truncation(prepared, spared(adapter.shape, None)), []
+
+    def record(module, query, key, value):
+        if layer_index(module) == 1:
+            seen.append(by_group(value, 2))
+        return truncation(module, query, key, value)
+
+    with torch.inference_mode(), intercepted(model, record):
+        for window in windows:
+            model(input_ids=torch.from_numpy(window)[None])
+    bases = found.bases[1]
+    x = (torch.cat(seen)[:, 1] - torch.from_numpy(bases.value_mean[1])) @ torch.from_numpy(bases.C[1])
+    assert found.errors.shape == (3, 2, 2, 4, 5) and (found.errors[..., 0] == 0).all()
+    W = block_diagonal(metrics[1], 2)[1]
+    for number, width in enumerate(WIDTHS[1:], 1):
+        error = torch.zeros_like(x)
+        error[..., 16:32] = (x - round_trip(x, (width,) * 4))[..., 16:32]
+        lost = (error @ torch.from_numpy(bases.D[1])).double().flatten(0, 1)
+        expected = torch.einsum("ti,ij,tj->t", lost, W, lost).mean()
+        assert found.errors[1, 1, 1, 1, number] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_probe_spares_one_side_of_one_layer(searched, model, windows):
@@ -155,7 +188,9 @@ def test_rates_are_what_sparing_a_side_saves_by_what_was_predicted(searched, mod
     allocations = [spared(adapter.shape, place) for place in (None, (2, 0), (0, 1))]
     _, everything, *others = measure(model, windows, projected_caches(prepared, allocations, 4), stock_bytes=1)
     saved = [everything["kl"] - row["kl"] for row in others]
-    predicted = [found.weights[place].sum() * 0.127381 for place in ((2, slice(None), 0), (0, slice(None), 1))]
+    predicted = [
+        found.errors[place][..., WIDTHS.index(2)].sum() for place in ((2, slice(None), 0), (0, slice(None), 1))
+    ]
     ratio = (saved[0] / predicted[0]) / (saved[1] / predicted[1])
     assert found.rates[2, 0] / found.rates[0, 1] == pytest.approx(ratio**found.exponent, rel=1e-2)
     assert found.exponent in (1.0, 0.85, 0.7, 0.55)

@@ -144,25 +144,24 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-def block_weights(bases: LayerBases, statistics: LayerStatistics, output: Tensor | None) -> np.ndarray:
-    """What an error of unit variance in every coordinate of a block adds to the squared error of scores or outputs.
+def block_metrics(bases: LayerBases, statistics: LayerStatistics, output: Tensor | None) -> Tensor:
+    """What an error e in the coordinates of a block adds to the squared error of scores or outputs: e^T (metric) e.
 
     For keys, to E[(q.k - q.k^)^2] summed over query heads; for values, to E[|(v - v^) W_O|^2]. `output` is as in
     `query_bases`; None counts the error of v itself.
 
     Returns:
-        float64 [G, 2, blocks], keys before values.
+        float64 [G, 2, blocks, 16, 16], keys before values.
     """
     J = statistics.group_heads
     queries = block_diagonal(statistics.query_second, J)
     identity = torch.eye(queries.shape[-1]).to(queries)
-    metrics = (queries, identity if output is None else block_diagonal(output.to(queries), J))
-    ups = (bases.B, bases.D.swapaxes(-1, -2))
-    weights = []
-    for side, metric in zip(ups, metrics, strict=True):
-        up = torch.from_numpy(np.ascontiguousarray(side)).to(metric)
-        weights.append(((metric @ up) * up).sum(1))
-    return torch.stack(weights, dim=1).unflatten(-1, (-1, BLOCK)).sum(-1).cpu().numpy()
+    of_inputs = (queries, identity if output is None else block_diagonal(output.to(queries), J))
+    of_blocks = []
+    for side, metric in zip((bases.B, bases.D.swapaxes(-1, -2)), of_inputs, strict=True):
+        up = torch.from_numpy(np.ascontiguousarray(side)).to(metric).unflatten(-1, (-1, BLOCK))
+        of_blocks.append(torch.einsum("gnbi,gnm,gmbj->gbij", up, metric.expand(len(up), -1, -1), up))
+    return torch.stack(of_blocks, dim=1)
 
 
 INPUT_PROJECTIONS = frozenset(

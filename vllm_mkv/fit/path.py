@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The allocation path of least predicted damage per byte.
 
-What it costs to give block g of a (layer, latent group, side) the width b is taken for e(layer, side) w(g) mse(b), and
-costs add up. Then the best next step is the one with the least cost per byte saved, and since fewer bits save fewer
-bytes at a higher cost, taking best next steps is the Lagrangian allocation of every budget up to single blocks.
+What it costs to give a block of a (layer, latent group, side) the width b is taken for e(layer, side) times the block's
+measured error at b, and costs add up. Then the best next step is the one with the least cost per byte saved, and where
+fewer bits save fewer bytes at a higher cost, taking best next steps is the Lagrangian allocation of every budget up to
+single blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mkv_kernels.codes import MEAN_SQUARED_ERRORS
 from mkv_kernels.layout import KEY, WIDTHS, side_bytes
 from vllm_mkv.allocation import AllocationPath, CacheShape, check_width_ladder, split_groups
 
@@ -27,7 +27,7 @@ def least_damage_path(
     """Orders all steps down the ladder of `widths`.
 
     Args:
-        damage: float64 `[layers, groups, 2, blocks]`, e w: the cost of dropping a block.
+        damage: float64 `[layers, groups, 2, blocks, widths]`: the cost of every block at each of `layout.WIDTHS`.
         widths: that blocks may have, falling from 16.
         num_shards: tensor-parallel ranks that have equal bytes after every round of steps: group by group, the ones
             that matter most on every rank first, they have equal widths. 1 for none.
@@ -57,9 +57,9 @@ def tied_groups(damage: np.ndarray, num_shards: int) -> list[list[int]]:
     """Latent groups of a layer that always have equal widths: one of each shard, in order of what dropping it costs.
 
     Args:
-        damage: [groups, 2, blocks].
+        damage: [groups, 2, blocks, widths].
     """
-    total = damage.sum((1, 2))
+    total = damage[..., -1].sum((1, 2))
     shards = split_groups(range(len(damage)), num_shards)
     # A group that several ranks hold copies of is one group.
     ranked = [sorted(groups, key=lambda group: -total[group]) for groups in dict.fromkeys(shards)]
@@ -94,7 +94,7 @@ class _Side:
                 saved = before - side_bytes(tuple(self.widths), ITEMSIZE)
                 self.widths[block] = width
                 if saved > 0:
-                    cost = self.damage[block] * (MEAN_SQUARED_ERRORS[lower] - MEAN_SQUARED_ERRORS[width])
+                    cost = self.damage[block][WIDTHS.index(lower)] - self.damage[block][WIDTHS.index(width)]
                     yield cost / (saved * len(self.groups)), block, lower
 
     def take(self, block: int, width: int) -> list[tuple[int, int, int, int, int]]:

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from mkv_kernels.codes import MEAN_SQUARED_ERRORS
 from mkv_kernels.layout import KEY, VALUE, WIDTHS, BlockWidths
 from vllm_mkv.adapter import Adapter, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder, split_groups
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
-from vllm_mkv.fit.bases import block_weights, whitened
+from vllm_mkv.fit.bases import block_metrics, whitened
 from vllm_mkv.fit.calibrate import (
     attention_statistics,
     draw_windows,
@@ -26,6 +25,7 @@ from vllm_mkv.fit.calibrate import (
     output_metrics,
     with_quality,
 )
+from vllm_mkv.fit.errors import BlockErrors
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.path import least_damage_path
 from vllm_mkv.fit.truncation import Truncation
@@ -47,13 +47,13 @@ class Found:
     """What a search found out about a model.
 
     Shapes:
-        rates:   [layers, 2], e: what a unit of predicted error costs
-        weights: [layers, groups, 2, blocks], w: predicted error for a unit of variance in every coordinate of a block
+        rates:  [layers, 2], e: what a unit of error costs
+        errors: [layers, groups, 2, blocks, widths], w: error of a block at each of `WIDTHS`; see `errors.BlockErrors`
     """
 
     bases: tuple[LayerBases, ...]
     rates: np.ndarray
-    weights: np.ndarray
+    errors: np.ndarray
     exponent: float
     """That the measured rates were raised to."""
     passes: int
@@ -61,7 +61,7 @@ class Found:
 
     @property
     def damage(self) -> np.ndarray:
-        return self.rates[:, None, :, None] * self.weights
+        return self.rates[:, None, :, None, None] * self.errors
 
 
 def search(
@@ -130,10 +130,11 @@ def search(
 def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:
     """Whitens the bases anew and measures what an error in every side of every layer costs.
 
-    A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by what was
-    predicted, is its rate. Seen from there, and not from a model without errors, sides count as they do where bytes are
-    short: errors add up, and hide one another. What rates exaggerate all the same is found by trying: of the rates to
-    the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one small budget.
+    A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by the error that
+    its blocks have at 2 bits, is its rate. Seen from there, and not from a model without errors, sides count as they do
+    where bytes are short: errors add up, and hide one another. What rates exaggerate all the same is found by trying: of
+    the rates to the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one small
+    budget.
 
     Forward passes of `windows`: one for the statistics, twice one for what the model itself predicts, one with every
     side quantised, one per layer and side, and one per exponent.
@@ -145,23 +146,24 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
         warnings.warn(f"errors of values are weighed before the output projection: {error}", stacklevel=2)
         metrics = {}
     statistics = attention_statistics(model, adapter.config.group_heads, windows)
-    bases, weights = [], []
+    bases, of_blocks = [], {}
     for layer, of_layer in zip(adapter.config.layers, adapter.bases, strict=True):
         found = statistics.pop(layer)
         bases.append(whitened(of_layer, found))
-        weights.append(block_weights(bases[-1], found, metrics.get(layer)))
+        of_blocks[layer] = block_metrics(bases[-1], found, metrics.get(layer))
     prepared, shape = replace(adapter, bases=tuple(bases)), adapter.shape
     places = [(layer, side) for layer in range(shape.num_layers) for side in (KEY, VALUE)]
-    allocations = [spared(shape, place) for place in (None, *places)]
-    caches = [Cache("probe", Truncation(prepared, allocation), 0) for allocation in allocations]
-    everything, *others = (row["kl"] for row in measure(model, windows, caches, stock_bytes=1)[1:])
-    stacked = np.stack(weights)
-    predicted = stacked.sum((1, 3)) * MEAN_SQUARED_ERRORS[PROBE_WIDTH]
+    block_errors = BlockErrors(Truncation(prepared, spared(shape, None)))
+    probes = [block_errors, *(Truncation(prepared, spared(shape, place)) for place in places)]
+    rows = measure(model, windows, [Cache("probe", handler, 0) for handler in probes], stock_bytes=1)
+    everything, *others = (row["kl"] for row in rows[1:])
+    errors = block_errors.means(of_blocks)
+    predicted = errors[..., WIDTHS.index(PROBE_WIDTH)].sum((1, 3))
     saved = everything - np.array(others).reshape(shape.num_layers, 2)
     # A side whose errors do the others good is one that costs next to nothing.
     saved = np.maximum(saved, LEAST_SHARE * everything / len(places))
     rates = saved / np.where(predicted > 0, predicted, 1.0)
-    tried = [Found(tuple(bases), rates**exponent, stacked, exponent, 0) for exponent in EXPONENTS]
+    tried = [Found(tuple(bases), rates**exponent, errors, exponent, 0) for exponent in EXPONENTS]
     paths = [least_damage_path(shape, found.damage, widths) for found in tried]
     budget = TRIED_BUDGET if set(widths) - {16, 0} else TRIED_BUDGET_OF_RANKS
     caches = projected_caches(prepared, [smallest_above(path, budget) for path in paths], 2)

@@ -87,9 +87,13 @@ class Projection:
         down, up, mean = (tensor.to(heads.device, dtype) for tensor in (self.down, self.up, self.mean))
         return replace(self, down=down, up=up, mean=mean)
 
+    def coordinates(self, heads: Tensor) -> Tensor:
+        """[B, Hkv, S, d] -> [B, G, S, r], not quantised"""
+        return (by_group(heads.to(self.down.dtype), self.group_heads) - self.mean) @ self.down
+
     def __call__(self, heads: Tensor) -> Tensor:
         """[B, Hkv, S, d] -> [B, Hkv, S, d]"""
-        x = (by_group(heads.to(self.down.dtype), self.group_heads) - self.mean) @ self.down
+        x = self.coordinates(heads)
         quantised = torch.empty_like(x)
         for groups, widths in self.runs:
             quantised[:, groups] = self.quantiser(x[:, groups], widths)
