@@ -132,9 +132,9 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
 
     A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by the error that
     its blocks have at 2 bits, is its rate. Seen from there, and not from a model without errors, sides count as they do
-    where bytes are short: errors add up, and hide one another. What rates exaggerate all the same is found by trying: of
-    the rates to the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one small
-    budget.
+    where bytes are short: errors add up, and hide one another. What rates exaggerate all the same is found by trying:
+    of the rates to the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one
+    small budget.
 
     Forward passes of `windows`: one for the statistics, twice one for what the model itself predicts, one with every
     side quantised, one per layer and side, and one per exponent.
