@@ -151,26 +151,39 @@ def test_errors_are_those_of_the_coordinates_of_a_model_that_runs(searched, mode
     found = probe(model, adapter, windows)
     prepared = replace(adapter, bases=found.bases)
     metrics = output_metrics(model, Source(str(tiny_model("llama"))).fingerprint)
+    second = attention_statistics(model, 2, windows)[1].query_second
     truncation, seen = Truncation(prepared, spared(adapter.shape, None)), []
 
     def record(module, query, key, value):
         if layer_index(module) == 1:
-            seen.append(by_group(value, 2))
+            seen.append((query, key, value))
         return truncation(module, query, key, value)
 
     with torch.inference_mode(), intercepted(model, record):
-        for window in windows:
-            model(input_ids=torch.from_numpy(window)[None])
-    bases = found.bases[1]
-    x = (torch.cat(seen)[:, 1] - torch.from_numpy(bases.value_mean[1])) @ torch.from_numpy(bases.C[1])
+        model(input_ids=torch.from_numpy(windows))
+    ((query, key, value),) = seen
     assert found.errors.shape == (3, 2, 2, 4, 5) and (found.errors[..., 0] == 0).all()
-    W = block_diagonal(metrics[1], 2)[1]
-    for number, width in enumerate(WIDTHS[1:], 1):
-        error = torch.zeros_like(x)
-        error[..., 16:32] = (x - round_trip(x, (width,) * 4))[..., 16:32]
-        lost = (error @ torch.from_numpy(bases.D[1])).double().flatten(0, 1)
-        expected = torch.einsum("ti,ij,tj->t", lost, W, lost).mean()
-        assert found.errors[1, 1, 1, 1, number] == pytest.approx(float(expected), rel=1e-3)
+    bases, mask = found.bases[1], torch.full((64, 64), -torch.inf).triu(1)
+    for side, (heads, down, up, mean, metric) in enumerate(
+        (
+            (key, bases.A, bases.B.swapaxes(-1, -2), bases.key_mean, second),
+            (value, bases.C, bases.D, bases.value_mean, metrics[1]),
+        )
+    ):
+        x = (by_group(heads, 2)[:, 1] - torch.from_numpy(mean[1])) @ torch.from_numpy(down[1])
+        for number, width in enumerate(WIDTHS[1:], 1):
+            error = torch.zeros_like(x)
+            error[..., 16:32] = (x - round_trip(x, (width,) * 4))[..., 16:32]
+            lost = [(error @ torch.from_numpy(up[1].copy())).double()]
+            if side == 1:
+                attention = [
+                    ((query[:, head] @ key[:, head // 2].mT) / 32**0.5 + mask).softmax(-1).double()
+                    for head in range(4, 8)
+                ]
+                lost = [of_head @ lost[0] for of_head in attention]
+            W = block_diagonal(metric, 2)[1]
+            expected = np.mean([float(torch.einsum("bti,ij,btj->bt", e, W, e).mean()) for e in lost])
+            assert found.errors[1, 1, side, 1, number] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_probe_spares_one_side_of_one_layer(searched, model, windows):

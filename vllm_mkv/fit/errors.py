@@ -2,7 +2,9 @@
 """What every width does to every block of coordinates, measured on the keys and values of a model that runs.
 
 Tokens are not Gaussian: blocks whose energy is that of few tokens clip far more of it than a Gaussian would, and blocks
-that are small beside their token's others are better dropped than given two bits. So errors are measured.
+that are small beside their token's others are better dropped than given two bits. Nor do errors of values average out
+as independent ones would: equal tokens err alike, and a head that looks at many of them adds that up. So errors are
+measured: of keys as they are stored, of values after attention.
 """
 
 from __future__ import annotations
@@ -35,8 +37,14 @@ class BlockErrors:
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         layer = layer_index(module)
         truncated = self.truncation(module, query, key, value)
-        sides = zip((key, value), self.truncation.layers[layer], strict=True)
-        products = torch.stack([_products(side.coordinates(heads)) for heads, side in sides])
+        keys, values = self.truncation.layers[layer]
+        scale = getattr(module, "scaling", None) or key.shape[-1] ** -0.5
+        products = torch.stack(
+            [
+                _products(_errors(keys.coordinates(key))),
+                _attended_products(_errors(values.coordinates(value)), query, key, scale),
+            ]
+        )
         self.products[layer] = self.products.get(layer, 0) + products
         self.counts[layer] = self.counts.get(layer, 0) + key.shape[0] * key.shape[2]
         return truncated
@@ -55,11 +63,30 @@ class BlockErrors:
         return torch.stack(means).cpu().numpy()
 
 
-def _products(x: Tensor) -> Tensor:
-    """[B, G, S, n] to [widths below 16, G, blocks, 16, 16] float64."""
+def _errors(x: Tensor) -> Tensor:
+    """[B, G, S, n] to [widths below 16, B, G, S, n]"""
     num_blocks = x.shape[-1] // BLOCK
-    products = []
-    for width in WIDTHS[1:]:
-        error = (x - round_trip(x, (width,) * num_blocks)).unflatten(-1, (num_blocks, BLOCK))
-        products.append(torch.einsum("bgsni,bgsnj->gnij", error, error).double())
-    return torch.stack(products)
+    return torch.stack([x - round_trip(x, (width,) * num_blocks) for width in WIDTHS[1:]])
+
+
+def _products(errors: Tensor) -> Tensor:
+    """Sums over tokens, [W, B, G, S, n] to [W, G, blocks, 16, 16] float64."""
+    e = errors.unflatten(-1, (-1, BLOCK))
+    return torch.einsum("wbgsni,wbgsnj->wgnij", e, e).double()
+
+
+def _attended_products(errors: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """As `_products`, of what causal attention makes of the errors; the mean over a group's query heads."""
+    num_heads, num_tokens = query.shape[1:3]
+    num_groups = errors.shape[2]
+    repeats = num_heads // key.shape[1]
+    future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).triu(1)
+    sums = []
+    for group, heads in enumerate(torch.arange(num_heads).view(num_groups, -1).tolist()):
+        of_heads = []
+        for head in heads:
+            scores = (query[:, head].float() @ key[:, head // repeats].float().mT) * scale
+            attention = scores.masked_fill(future, -torch.inf).softmax(-1).to(errors.dtype)
+            of_heads.append(_products((attention @ errors[:, :, group])[:, :, None]))
+        sums.append(torch.stack(of_heads).mean(0))
+    return torch.cat(sums, dim=1)

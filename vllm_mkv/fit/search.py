@@ -16,6 +16,7 @@ from vllm_mkv.adapter import Adapter, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder, split_groups
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
+from vllm_mkv.fit.attention import Handler
 from vllm_mkv.fit.bases import block_metrics, whitened
 from vllm_mkv.fit.calibrate import (
     attention_statistics,
@@ -154,7 +155,7 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
     prepared, shape = replace(adapter, bases=tuple(bases)), adapter.shape
     places = [(layer, side) for layer in range(shape.num_layers) for side in (KEY, VALUE)]
     block_errors = BlockErrors(Truncation(prepared, spared(shape, None)))
-    probes = [block_errors, *(Truncation(prepared, spared(shape, place)) for place in places)]
+    probes: list[Handler] = [block_errors, *(Truncation(prepared, spared(shape, place)) for place in places)]
     rows = measure(model, windows, [Cache("probe", handler, 0) for handler in probes], stock_bytes=1)
     everything, *others = (row["kl"] for row in rows[1:])
     errors = block_errors.means(of_blocks)
