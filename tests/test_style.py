@@ -70,9 +70,13 @@ def test_vllm_is_imported_by_serving_alone() -> None:
 
 def test_only_the_plugin_reaches_into_serving() -> None:
     excluding = ("vllm_mkv/serving/", "vllm_mkv/plugin.py")
-    # Scoring through the engine is the one thing that a tool asks of serving; it does so when it comes to that.
-    scoring = {"vllm_mkv/evaluation/engine.py": {"vllm_mkv.serving.score.log_probabilities"}}
-    assert imports_of("vllm_mkv", "vllm_mkv.serving", excluding=excluding) == scoring
+    # Scores and times through the engine are all that tools ask of serving; they do so when it comes to that.
+    stepper = "vllm_mkv.serving.stepper"
+    measuring = {
+        "vllm_mkv/evaluation/engine.py": {"vllm_mkv.serving.score.log_probabilities"},
+        "vllm_mkv/evaluation/bench.py": {f"{stepper}.{name}" for name in ("hardware", "on_cpu", "running_stepper")},
+    }
+    assert imports_of("vllm_mkv", "vllm_mkv.serving", excluding=excluding) == measuring
 
 
 def test_serving_does_not_need_the_tools_that_prepare_models() -> None:

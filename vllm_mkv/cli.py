@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_search(commands)
     _add_eval(commands)
+    _add_bench(commands)
     _add_info(commands)
     _add_check(commands)
     return top
@@ -157,6 +158,34 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         sub, "to compute in; bytes and budgets stay those of the dtype that the model is stored in (default: that)"
     )
     sub.set_defaults(run=evaluate)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "time decode steps of the real engine over the context, with stock caches and with MKV"
+    sub = commands.add_parser("bench", help=about, description=about)
+    add = sub.add_argument
+    add("name", nargs="?", metavar="MODEL|ADAPTER", help="a folder or a Hub repository, or an adapter's folder")
+    add("--shape", metavar="L,HQ,HKV,D,W", help="in place of MODEL: layers, query heads, KV heads, head size, hidden")
+    add("--adapter", help="folder or Hub repository (default: MODEL/mkv, or else a random one)")
+    add("--budgets", nargs="+", type=float, metavar="B", help="shares of the own cache (default: the adapter's)")
+    add("--allocation", choices=("path", "uniform"), default="path", help="(default: %(default)s)")
+    add("--group-heads", type=int, metavar="J", help="of a random adapter (default: as calibrate)")
+    add("--widths", type=_widths, metavar="16,8,4,2,0", help="of a random adapter (default: %(metavar)s)")
+    add("--contexts", nargs="+", type=int, metavar="N", help="tokens per request (default: 512 1024 2048 4096)")
+    add("--batch", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)")
+    add("--output-len", type=int, default=16, metavar="N", help="tokens that are timed at once (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="of that, per context (default: %(default)s)")
+    add("--warmup", type=int, default=1, metavar="N", help="repeats before, not counted (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of prompts and random bases (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in")
+    add("--eager", action="store_true", help="without compilation and CUDA graphs, as always on the CPU")
+    add("--one-at-a-time", action="store_true", help="no two engines side by side, as always on GPUs")
+    add("--mkv-kernels", choices=("auto", "triton", "torch"), default="auto", help="(default: %(default)s)")
+    add("--json", metavar="FILE.json", help="write the figures")
+    add("--plot", metavar="FILE.png", help="draw latency against context")
+    add("--revision", help="of the model's Hub repository")
+    add("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
+    sub.set_defaults(run=bench)
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -279,6 +308,22 @@ def evaluate(args: argparse.Namespace) -> int:
         plot=args.plot,
     )
     Console().print(evaluation_table(found))
+    for file in (args.json, args.plot):
+        if file:
+            print(f"wrote {file}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from vllm_mkv.evaluation.bench import benchmark
+
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "json")}
+    found = benchmark(**given, json_file=args.json)
+    from rich.console import Console
+
+    from vllm_mkv.evaluation.latency import print_latency
+
+    print_latency(found, Console())
     for file in (args.json, args.plot):
         if file:
             print(f"wrote {file}")
