@@ -60,7 +60,7 @@ class AdapterConfig(BaseModel):
     weights_sha256: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerBases:
     """Bases of one layer, float32; see the module's docstring for shapes and conventions."""
 

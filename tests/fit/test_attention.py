@@ -193,7 +193,9 @@ def quantised_by_hand(x, widths):
     """One vector, coordinate by coordinate."""
     steps = {8: 0.034, 4: 0.37, 2: 1.15}
     coded = [i for i in range(len(x)) if 0 < widths[i // 16] < 16]
-    scale = float(np.float16(np.sqrt(np.mean(x[coded] ** 2)))) if coded else 1.0
+    scale = np.sqrt(np.mean(x[coded] ** 2)) if coded else 1.0
+    eighth = 2.0 ** (np.floor(np.log2(scale)) - 3)
+    scale = np.round(scale / eighth) * eighth
     out = np.zeros_like(x)
     for i, width in enumerate(np.repeat(widths, 16)):
         if width == 16:

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import BLOCK, KEY, VALUE, BlockWidths
-from vllm_mkv.adapter import Adapter
+from vllm_mkv.adapter import Adapter, LayerBases
 from vllm_mkv.allocation import Allocation
 from vllm_mkv.fit.attention import intercepted, layer_index
 
@@ -45,51 +45,63 @@ Quantiser = Callable[[Tensor, BlockWidths], Tensor]
 """Coordinates [.., n] and their widths to the coordinates that the cache gives back."""
 
 
+_tensors: WeakKeyDictionary[LayerBases, dict[tuple[str, torch.device, torch.dtype], Tensor]] = WeakKeyDictionary()
+"""Bases as tensors, so that all truncations of an adapter share one copy per device."""
+
+
+def _tensor(bases: LayerBases, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    made = _tensors.setdefault(bases, {})
+    key = (name, device, dtype)
+    if key not in made:
+        made[key] = torch.from_numpy(getattr(bases, name)).to(device, dtype)
+    return made[key]
+
+
 @dataclass(frozen=True)
 class Projection:
     """One side of one layer: down to the coordinates, through their widths, and up again."""
 
-    down: Tensor
-    """[G, n, r]"""
-    up: Tensor
-    """[G, r, n]"""
-    mean: Tensor
-    """[G, 1, n]"""
+    bases: LayerBases
+    side: int
+    rank: int
+    """r, the most coordinates that any group stores."""
     runs: tuple[tuple[list[int], BlockWidths], ...]
-    """Groups of equal widths, and these, cut to the r coordinates that any group stores."""
+    """Groups of equal widths, and these, cut to the r coordinates."""
     group_heads: int
     quantiser: Quantiser
 
     @classmethod
     def of(
-        cls,
-        down: np.ndarray,
-        up: np.ndarray,
-        mean: np.ndarray,
-        widths: list[BlockWidths],
-        group_heads: int,
-        quantiser: Quantiser,
+        cls, bases: LayerBases, side: int, widths: list[BlockWidths], group_heads: int, quantiser: Quantiser
     ) -> Projection:
-        """From `down` [G, n, n], `up` [G, n, n], `mean` [G, n] and the block widths of every group."""
-        blocks = max(sum(width > 0 for width in side) for side in widths)
+        """From the block widths of every group."""
+        blocks = max(sum(width > 0 for width in of_group) for of_group in widths)
         by_widths: dict[BlockWidths, list[int]] = {}
-        for group, side in enumerate(widths):
-            by_widths.setdefault(side[:blocks], []).append(group)
-        down_r, up_r = torch.from_numpy(down[:, :, : blocks * BLOCK]), torch.from_numpy(up[:, : blocks * BLOCK])
-        runs = tuple((groups, side) for side, groups in by_widths.items())
-        return cls(down_r, up_r, torch.from_numpy(mean)[:, None], runs, group_heads, quantiser)
+        for group, of_group in enumerate(widths):
+            by_widths.setdefault(of_group[:blocks], []).append(group)
+        runs = tuple((groups, of_run) for of_run, groups in by_widths.items())
+        return cls(bases, side, blocks * BLOCK, runs, group_heads, quantiser)
 
-    def like(self, heads: Tensor) -> Projection:
+    def _on(self, heads: Tensor, name: str) -> Tensor:
         """On the device of `heads`, in its dtype or in float32, whichever is wider."""
-        dtype = torch.promote_types(heads.dtype, torch.float32)
-        if self.down.device == heads.device and self.down.dtype == dtype:
-            return self
-        down, up, mean = (tensor.to(heads.device, dtype) for tensor in (self.down, self.up, self.mean))
-        return replace(self, down=down, up=up, mean=mean)
+        return _tensor(self.bases, name, heads.device, torch.promote_types(heads.dtype, torch.float32))
+
+    def mean(self, heads: Tensor) -> Tensor:
+        """[G, 1, n]"""
+        return self._on(heads, "key_mean" if self.side == KEY else "value_mean")[:, None]
+
+    def down(self, heads: Tensor) -> Tensor:
+        """[G, n, r]"""
+        return self._on(heads, "A" if self.side == KEY else "C")[:, :, : self.rank]
+
+    def up(self, heads: Tensor) -> Tensor:
+        """[G, r, n]"""
+        return (self._on(heads, "B").mT if self.side == KEY else self._on(heads, "D"))[:, : self.rank]
 
     def coordinates(self, heads: Tensor) -> Tensor:
         """[B, Hkv, S, d] -> [B, G, S, r], not quantised"""
-        return (by_group(heads.to(self.down.dtype), self.group_heads) - self.mean) @ self.down
+        down, mean = self.down(heads), self.mean(heads)
+        return (by_group(heads.to(down.dtype), self.group_heads) - mean) @ down
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[B, Hkv, S, d] -> [B, Hkv, S, d]"""
@@ -97,7 +109,7 @@ class Projection:
         quantised = torch.empty_like(x)
         for groups, widths in self.runs:
             quantised[:, groups] = self.quantiser(x[:, groups], widths)
-        return by_head(quantised @ self.up + self.mean, self.group_heads).to(heads.dtype)
+        return by_head(quantised @ self.up(heads) + self.mean(heads), self.group_heads).to(heads.dtype)
 
 
 class Truncation:
@@ -116,8 +128,8 @@ class Truncation:
         for layer, bases, widths in zip(adapter.config.layers, adapter.bases, allocation.widths, strict=True):
             keys, values = ([group[side] for group in widths] for side in (KEY, VALUE))
             self.layers[layer] = (
-                Projection.of(bases.A, bases.B.swapaxes(-1, -2), bases.key_mean, keys, heads, quantiser),
-                Projection.of(bases.C, bases.D, bases.value_mean, values, heads, quantiser),
+                Projection.of(bases, KEY, keys, heads, quantiser),
+                Projection.of(bases, VALUE, values, heads, quantiser),
             )
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +142,6 @@ class Truncation:
                 f"{key.shape[1]} of {key.shape[-1]}; make an adapter for this model with `vllm-mkv calibrate`"
             )
         keys, values = self.layers[layer]
-        self.layers[layer] = keys, values = keys.like(key), values.like(value)
         return keys(key), values(value)
 
 
