@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+COMPILE_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -24,7 +25,7 @@ else ifeq ($(ENGINE),cpu)
 UV_ENV += UV_TORCH_BACKEND=cpu
 endif
 
-.PHONY: help env test test-fast lint format demo clean
+.PHONY: help env test test-fast compile-check lint format demo clean
 
 help:  ## what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +50,9 @@ test: $(STAMP)  ## the whole test suite; PYTEST_ARGS='-k layout' for a part of i
 
 test-fast: $(STAMP)  ## the tests that start no engine
 	$(BIN)/pytest -m 'not engine' $(PYTEST_ARGS)
+
+compile-check: $(STAMP)  ## compile the Triton kernels for GPUs that need not be there; COMPILE_ARGS='--quick --arch 90'
+	OMP_NUM_THREADS=1 $(BIN)/python kernels/compile_check.py $(COMPILE_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy, as .pre-commit-config.yaml has them
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -1,122 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the kernels ahead of time, without a GPU, and prints what the compiled code needs and uses.
+"""Compiles the kernels ahead of time, without a GPU, and holds what the compiled code needs and uses against a bar.
 
-    python kernels/compile_check.py                      # every case, for sm_90
-    python kernels/compile_check.py --case tiers-j4 --kernel decode --arch 80 --asm FOLDER
+    python kernels/compile_check.py                                  # every case, for every architecture
+    python kernels/compile_check.py --quick --arch 90
+    python kernels/compile_check.py --case tiers-j4 --launch decode --arch 80 --asm FOLDER
 
 Kernels are compiled through the launchers themselves, with the arguments that they pass: what is compiled here is what
-is launched there. One line per kernel: registers per thread, spilled bytes, shared memory, tensor-core instructions,
-widths in bits of the loads from global memory with how often each occurs, and instructions in all.
-Exit status 1 if a kernel does not compile, spills, or takes more shared memory than the bar.
+is launched there. One line per kernel:
+
+    regs     registers per thread
+    spills   bytes per thread that registers did not suffice for
+    shared   bytes of shared memory per program
+    mma      tensor-core instructions
+    code     instructions in all
+    loads    global loads of keys and values, as bytes per thread x how many instructions load as many
+
+The bar: no spills, shared memory that every GPU of the architecture has, tensor cores in decode and prefill, and keys
+and values loaded 16 bytes at a time. `KNOWN` in compile_cases.py lists what is beyond it and why; anything else that
+is, or does not compile, makes the exit status 1. Triton caches what it compiled: for timings, set
+TRITON_ALWAYS_COMPILE=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+# Triton decides when a kernel is decorated whether to compile or to interpret it.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, Known, launcher
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mkv_kernels.bases import LayerBases
-from mkv_kernels.fused.table import LayerTable
-from mkv_kernels.layout import GroupWidths, PageLayout
+from mkv_kernels.fused.tile import load_pages
 
-SHARED_MEMORY_BAR = 99 * 1024
+ARCHITECTURES = ("80", "90", "100", "gfx942")
+SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
+"""Bytes that a program can have on every GPU since 2020, and on AMD's of the 9th generation."""
+LOAD_BAR = 16
+ATTENTION = ("attend", "prefill")
+"""Kernels that load keys and values and multiply them."""
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NVIDIA_MMA = ("HMMA", "HGMMA", "UTCHMMA")
+AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
+AMD_LOAD = re.compile(rf"(?:global|buffer)_load_({'|'.join(AMD_LOADS)})")
 WARP_SIZE = {"cuda": 32, "hip": 64}
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layer of some model at some budget: `widths` of its groups, and how many tokens and requests a step has."""
+@dataclass
+class Found:
+    """What a kernel's compiled code says of itself; `loads` counts the instructions by bytes per thread."""
 
-    widths: tuple[GroupWidths, ...]
-    group_heads: int
-    query_heads: int
-    head_size: int = 128
-    block_size: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    fold_up: bool = False
-    fold_down: bool = True
-    queries: int = 1
-    """Per request in a decode step."""
+    registers: int
+    spills: int
+    mma: int
+    code: int
+    loads: Counter[int]
 
 
-def blocks(**counts: int) -> tuple[int, ...]:
-    """Block widths from how many coordinates have 16, 8, 4 and 2 bits: b16, b8, b4, b2, and none: b0."""
-    return tuple(w for w in (16, 8, 4, 2, 0) for _ in range(counts.get(f"b{w}", 0) // 16))
+@dataclass
+class Row:
+    case: str
+    launch: str
+    kernel: str
+    arch: str
+    warps: int
+    shared: int
+    registers: int
+    spills: int
+    mma: int
+    code: int
+    loads: dict[int, int]
+    seconds: float
+    beyond: list[str] = field(default_factory=list)
+    known: dict[str, str] = field(default_factory=dict)
+    """Reasons of what else is beyond the bar."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        loads = " ".join(f"{width}x{count}" for width, count in sorted(self.loads.items(), reverse=True))
+        verdict = "; ".join(
+            f"{word} {', '.join(which)}" for word, which in (("BEYOND", self.beyond), ("known", self.known)) if which
+        )
+        numbers = (self.warps, self.registers, self.spills, self.shared, self.mma, self.code)
+        return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, verdict or "ok")
 
 
-CASES = {
-    # Llama-3.1-8B, budget 0.5 and 0.25 by ranks.
-    "ranks-j1": Case(
-        ((blocks(b16=80, b0=48), blocks(b16=64, b0=64)), (blocks(b16=16, b0=112), blocks(b16=112, b0=16))), 1, 4,
-        fold_up=True,
-    ),
-    "ranks-j4": Case(
-        ((blocks(b16=256, b0=256), blocks(b16=192, b0=320)), (blocks(b16=128, b0=384), blocks(b16=256, b0=256))), 4, 4
-    ),
-    # Llama-3.1-8B, budget 0.156 by tiers.
-    "tiers-j1": Case(
-        (
-            (blocks(b8=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),
-            (blocks(b4=96, b2=32), blocks(b8=16, b4=48, b2=32, b0=32)),
-        ),
-        1, 4, fold_up=True,
-    ),
-    "tiers-j4": Case(
-        (
-            (blocks(b16=16, b8=48, b4=224, b2=128, b0=96), blocks(b8=32, b4=192, b2=192, b0=96)),
-            (blocks(b8=64, b4=256, b2=64, b0=128), blocks(b4=256, b2=128, b0=128)),
-        ),
-        4, 4,
-    ),
-    "tiers-j1-speculative": Case(
-        ((blocks(b8=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),), 1, 4, fold_up=True, queries=8
-    ),
-    "tiers-j4-speculative": Case(
-        ((blocks(b16=16, b8=48, b4=224, b2=128, b0=96), blocks(b8=32, b4=192, b2=192, b0=96)),), 4, 4, queries=4
-    ),
-    # Rows of a few bytes, beside little and beside much else.
-    "narrow-tiers-j1": Case(((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4),
-    "narrow-tiers-j4": Case(((blocks(b16=464, b8=16, b4=16, b2=16), blocks(b16=464, b8=16, b4=16, b2=16)),), 4, 4),
-    "narrow-tiers-j8": Case(((blocks(b16=976, b8=16, b4=16, b2=16), blocks(b16=976, b8=16, b4=16, b2=16)),), 8, 4),
-    # The most that a layer may ask for.
-    "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4),
-    "full-rank-j4": Case(((blocks(b16=512), blocks(b16=512)),), 4, 4),
-    "full-rank-j8": Case(((blocks(b16=1024), blocks(b16=1024)),), 8, 4, fold_down=False),
-    "tiers-j8": Case(
-        ((blocks(b16=16, b8=48, b4=320, b2=320, b0=320), blocks(b8=32, b4=320, b2=320, b0=352)),), 8, 4
-    ),
-}  # fmt: skip
+HEAD = ("arch", "case", "launch", "kernel", "warps", "regs", "spills", "shared", "mma", "code", "loads", "verdict")
+WIDTHS = (6, 18, 11, 7, 5, 4, 6, 6, 4, 5, 18, 0)
 
 
 class CompileOnly:
     """Stands in for Triton's driver: there is a device of this architecture, and nothing is ever run on it."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, arch: str) -> None:
+        backend = backend_of(arch)
+        self.target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
+        # Triton keeps what it compiled by the device's number alone.
+        self.device = ARCHITECTURES.index(arch)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -125,14 +131,18 @@ class CompileOnly:
         return torch.device("cpu")
 
 
-def compile_through(launch: Any, seen: list[Any]) -> None:
-    """Runs a launcher with every kernel compiled, and noted in `seen`, in place of launched."""
-    run = JITFunction.run
+def backend_of(arch: str) -> str:
+    return "cuda" if arch.isdigit() else "hip"
+
+
+def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
+    """Runs a launcher with every kernel compiled in place of launched: their names, code, and seconds."""
+    run, seen = JITFunction.run, []
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         start = time.perf_counter()
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        seen.append((self.fn.__name__.strip("_"), kernel, time.perf_counter() - start))
+        seen.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel, time.perf_counter() - start))
         return kernel
 
     JITFunction.run = compile_instead
@@ -140,135 +150,195 @@ def compile_through(launch: Any, seen: list[Any]) -> None:
         launch()
     finally:
         JITFunction.run = run
+    return seen
 
 
-def launches(case: Case, kind: str) -> Any:
-    """A function that calls the launcher of that kind with tensors of the case's shapes."""
-    layout = PageLayout(case.widths, case.block_size, case.dtype.itemsize)
-    G, J, M, d = len(case.widths), case.group_heads, case.query_heads, case.head_size
-    n = J * d
-    eye = torch.eye(n).expand(G, n, n)
-    bases = LayerBases.cut(
-        layout, A=eye, B=eye, C=eye, D=eye, key_mean=torch.zeros(G, n), value_mean=torch.zeros(G, n), head_size=d,
-        fold_down=case.fold_down, fold_up=case.fold_up,
-    )  # fmt: skip
-    table = LayerTable.build(bases)
-    elements = layout.bytes_per_token // layout.itemsize
-    cache = torch.zeros(4, 1, case.block_size, elements, dtype=case.dtype)
-    requests, queries = 2, {"decode": case.queries, "prefill": 100, "store": 100}[kind]
-    tokens = requests * queries
-    query = torch.zeros(tokens, G, J, M, table.rank_k, dtype=case.dtype)
-    output = torch.zeros(tokens, G * J * M, d, dtype=case.dtype)
-    integers = {"dtype": torch.int32}
-    step = (
-        torch.zeros(requests, 64, **integers),  # type: ignore[call-overload]
-        torch.full((requests,), 128, **integers),  # type: ignore[call-overload]
-        torch.arange(0, tokens + 1, queries, **integers),  # type: ignore[call-overload]
-    )
-    if kind == "decode":
-        from mkv_kernels.fused.decode import DecodeWorkspace, decode
-
-        workspace = DecodeWorkspace.make(table, tokens, G * J * M, 4)
-        return lambda: decode(query, cache, table, *step, 0.1, output, workspace, max_queries=queries, num_splits=4)
-    if kind == "store":
-        from mkv_kernels.fused.store import StoreWorkspace, project_and_store
-
-        q, k, v = (torch.zeros(tokens, G * J * heads, d, dtype=case.dtype) for heads in (M, 1, 1))
-        slots, scratch = torch.zeros(tokens, dtype=torch.int64), StoreWorkspace.make(table, tokens)
-
-        def store_few_and_many() -> None:
-            for part in (slice(2), slice(None)):
-                project_and_store(q[part], k[part], v[part], cache, table, slots[part], query[part], scratch)
-
-        return store_few_and_many
-    from mkv_kernels.fused.prefill import prefill
-
-    return lambda: prefill(query, cache, table, *step, 0.1, output)
+def loads_pages(file: str, line: int) -> bool:
+    """Whether a line of the source is one that loads keys and values."""
+    lines, first = inspect.getsourcelines(load_pages.fn)
+    return file.endswith("tile.py") and first <= line < first + len(lines)
 
 
-def describe(kernel: Any, folder: Path | None, name: str) -> dict[str, Any]:
-    """What the compiled code says of itself; empty for what the architecture's tools do not tell."""
-    found: dict[str, Any] = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-    binary = kernel.asm.get("cubin")
-    if binary is None:
-        return found | describe_amd(kernel.asm["amdgcn"])
+def read_nvidia(kernel: Any) -> tuple[Found, str]:
+    """What the kernel's cubin says, and its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        usage = (
+        usage, code = (
             subprocess.run(
-                [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+                [NVIDIA_TOOLS / tool, option, file.name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                check=True,
             ).stdout
-            + ""
-        )
-        code = subprocess.run(
-            [BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    found["spills"] = int(re.search(r"STACK:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code)
-    opcodes = Counter(line.partition(".")[0] for line in lines)
-    found["mma"] = sum(count for opcode, count in opcodes.items() if opcode in ("HMMA", "HGMMA", "UTCHMMA"))
-    loads = Counter()  # type: ignore[var-annotated]
-    for line in lines:
-        opcode, *modifiers = line.split(".")
-        if opcode in ("LDG", "LDGSTS"):
-            widths = [m for m in modifiers if re.fullmatch(r"U?S?(8|16|32|64|128)", m) and m not in ("32",)]
-            loads[f"{opcode}.{widths[-1] if widths else 32}"] += 1
-    found["loads"] = " ".join(f"{key}x{count}" for key, count in sorted(loads.items()))
-    found["code"] = len(lines)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.sass").write_text(code)
-        (folder / f"{name}.ptx").write_text(kernel.asm["ptx"])
-        (folder / f"{name}.ttgir").write_text(kernel.asm["ttgir"])
-    return found
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-g"))
+        )  # fmt: skip
+    opcodes: Counter[str] = Counter()
+    loads: Counter[int] = Counter()
+    for instruction, in_load_pages in nvidia_instructions(code):
+        opcode, *modifiers = instruction.split(".")
+        opcodes[opcode] += 1
+        if in_load_pages and opcode in ("LDG", "LDGSTS"):
+            bits = [int(m[1]) for modifier in modifiers if (m := re.fullmatch(r"[US]?(8|16|32|64|128)", modifier))]
+            loads[bits[-1] // 8 if bits else 4] += 1
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return Found(registers, stack, sum(opcodes[mma] for mma in NVIDIA_MMA), opcodes.total(), loads), code
 
 
-def describe_amd(code: str) -> dict[str, Any]:
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))  # type: ignore[union-attr]
+def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
+    """Opcodes with their modifiers, and whether they load keys and values."""
+    in_load_pages, after_instruction = False, True
+    for line in code.splitlines():
+        if source := re.search(r'//## File "([^"]+)", line (\d+)', line):
+            # Callers follow the line that was inlined into them.
+            if after_instruction:
+                in_load_pages = loads_pages(source[1], int(source[2]))
+            after_instruction = False
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
+            after_instruction = True
+            yield found[1], in_load_pages
 
-    lines = [line.split()[0] for line in code.splitlines() if re.match(r"\s+[a-z]+_\w+", line)]
-    loads = Counter(line for line in lines if re.match(r"(global|buffer)_load", line))
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count"),
-        "mma": sum(line.startswith("v_mfma") for line in lines),
-        "loads": " ".join(f"{key}x{count}" for key, count in sorted(loads.items())),
-        "code": len(lines),
-    }
+
+def read_amd(kernel: Any) -> tuple[Found, str]:
+    code = kernel.asm["amdgcn"]
+    files: dict[str, str] = {}
+    in_load_pages = False
+    mma, count = 0, 0
+    loads: Counter[int] = Counter()
+    for line in code.splitlines():
+        if named := re.match(r'\s+\.file\s+(\d+)\s+.*"([^"]+)"', line):
+            files[named[1]] = named[2]
+        elif place := re.match(r"\s+\.loc\s+(\d+)\s+(\d+)", line):
+            in_load_pages = loads_pages(files.get(place[1], ""), int(place[2]))
+        elif instruction := re.match(r"\s+([a-z]+_\w+)", line):
+            count += 1
+            mma += instruction[1].startswith("v_mfma")
+            if in_load_pages and (load := AMD_LOAD.match(instruction[1])):
+                loads[AMD_LOADS[load[1]]] += 1
+    registers, scratch = (
+        int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return Found(registers, scratch, mma, count, loads), code
+
+
+def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:
+    """Compiles a case's kernels for an architecture."""
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    driver.set_active(CompileOnly(arch))
+    rows = []
+    for launch in CASES[name].launches:
+        if launch not in launches:
+            continue
+        for kernel, compiled, seconds in compiled_by(launcher(CASES[name], launch)):
+            found, code = (read_nvidia if backend_of(arch) == "cuda" else read_amd)(compiled)
+            metadata = compiled.metadata
+            rows.append(
+                Row(
+                    name, launch, kernel, arch, metadata.num_warps, metadata.shared, found.registers, found.spills,
+                    found.mma, found.code, dict(found.loads), round(seconds, 1),
+                )
+            )  # fmt: skip
+            if asm is not None:
+                asm.mkdir(parents=True, exist_ok=True)
+                stem = f"{arch}-{name}-{launch.replace(' ', '-')}-{kernel}"
+                (asm / f"{stem}.asm").write_text(code)
+                (asm / f"{stem}.ttgir").write_text(compiled.asm["ttgir"])
+    return rows
+
+
+def judge(row: Row, shared_bar: int | None) -> None:
+    """Fills in what of a row is beyond the bar, and which of that is known."""
+    shared = SHARED_BAR[backend_of(row.arch)] if shared_bar is None else shared_bar
+    beyond = {}
+    if row.spills > 0:
+        beyond["spills"] = row.spills
+    if row.shared > shared:
+        beyond["shared"] = row.shared
+    if row.kernel in ATTENTION:
+        narrowest = min(row.loads, default=0)
+        if narrowest < LOAD_BAR:
+            beyond["loads"] = narrowest
+        if row.mma == 0:
+            beyond["mma"] = 0
+    for measure, number in beyond.items():
+        known = next((k for k in KNOWN if k.measure == measure and is_known(k, row, number)), None)
+        if known is None:
+            row.beyond.append(f"{measure} {number}")
+        else:
+            row.known[f"{measure} {number}"] = known.reason
+
+
+def is_known(known: Known, row: Row, number: int) -> bool:
+    within = number >= known.limit if known.measure in ("loads", "mma") else number <= known.limit
+    return within and known.covers(row.case, row.kernel, row.arch)
+
+
+def line_of(cells: tuple[str, ...]) -> str:
+    return " ".join(
+        cell.rjust(width) if 4 <= place <= 9 else cell.ljust(width)
+        for place, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
+    ).rstrip()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="all of them by default")
+    parser.add_argument("--case", action="append", choices=CASES, help="a layer's shape; all of them by default")
+    parser.add_argument("--launch", action="append", choices=LAUNCHES, help="all by default")
+    parser.add_argument("--quick", action="store_true", help=f"only the cases {', '.join(QUICK)}")
+    parser.add_argument("--processes", type=int, default=2, help="that compile at once (default %(default)s)")
+    parser.add_argument("--shared-bar", type=int, metavar="BYTES", help="in place of what the architecture has")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON")
+    parser.add_argument("--asm", type=Path, metavar="FOLDER", help="machine code and Triton's intermediate code")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="a layer's shape; all of them by default")
-    parser.add_argument("--kernel", action="append", choices=("store", "decode", "prefill"), help="all by default")
-    parser.add_argument("--arch", default="90", help="80, 90, 100, or gfx942 (default %(default)s)")
-    parser.add_argument("--asm", type=Path, help="a folder for SASS, PTX and Triton's intermediate code")
-    args = parser.parse_args()
-    backend = "cuda" if args.arch.isdigit() else "hip"
-    driver.set_active(
-        CompileOnly(GPUTarget(backend, int(args.arch) if backend == "cuda" else args.arch, WARP_SIZE[backend]))
+    args = arguments()
+    start = time.perf_counter()
+    cases = args.case or (QUICK if args.quick else tuple(CASES))
+    launches = tuple(args.launch or LAUNCHES)
+    rows: list[Row] = []
+    failures: list[str] = []
+    print(f"triton {triton.__version__}", line_of(HEAD), sep="\n", flush=True)
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        started = [
+            (case, arch, pool.submit(check, case, arch, launches, args.asm))
+            for case in cases
+            for arch in args.arch or ARCHITECTURES
+            if backend_of(arch) == "cuda" or args.case or not CASES[case].nvidia_only
+        ]
+        for case, arch, future in started:
+            try:
+                found = future.result()
+            except Exception as error:  # whatever a compiler may raise
+                failures.append(f"{case} for {arch}: {type(error).__name__}: {error}")
+                print(f"DOES NOT COMPILE: {failures[-1]}", flush=True)
+                continue
+            for row in found:
+                judge(row, args.shared_bar)
+                print(line_of(row.cells), flush=True)
+            rows += found
+    if args.json:
+        report = {"triton": triton.__version__, "failures": failures, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return conclude(rows, failures, time.perf_counter() - start)
+
+
+def conclude(rows: list[Row], failures: list[str], seconds: float) -> int:
+    """Prints what is known, and the verdict; returns the exit status."""
+    for reason, count in Counter(reason for row in rows for reason in row.known.values()).items():
+        print(f"known, {count} times: {reason}")
+    beyond = [row for row in rows if row.beyond]
+    for row in beyond:
+        print(f"beyond the bar: {row.case} for {row.arch}, {row.launch}, {row.kernel}: {', '.join(row.beyond)}")
+    for failure in failures:
+        print(f"does not compile: {failure}")
+    known = sum(bool(row.known) and not row.beyond for row in rows)
+    print(
+        f"{len(rows)} kernels in {seconds:.0f} s: {len(rows) - known - len(beyond)} within the bar, {known} known, "
+        f"{len(beyond)} beyond, {len(failures)} cases that do not compile"
     )
-    failed = False
-    print(f"triton {triton.__version__}, {args.arch}")
-    for case in args.case or CASES:
-        for kind in args.kernel or ("store", "decode", "prefill"):
-            seen: list[Any] = []
-            compile_through(launches(CASES[case], kind), seen)
-            for name, kernel, seconds in seen:
-                found = describe(kernel, args.asm, f"{case}-{kind}-{name}")
-                bad = found.get("spills", 0) > 0 or found["shared"] > SHARED_MEMORY_BAR
-                failed |= bad
-                print(
-                    f"{case:10} {name:16} "
-                    + " ".join(f"{key} {value}" for key, value in found.items())
-                    + f" ({seconds:.0f} s)"
-                    + (" BEYOND THE BAR" if bad else ""),
-                    flush=True,
-                )
-    return int(failed)
+    return int(bool(beyond or failures))
 
 
 if __name__ == "__main__":

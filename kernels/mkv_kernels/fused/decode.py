@@ -312,7 +312,8 @@ def decode(
     if num_requests == 0 or T == 0:
         return
     rows = max_queries * J * M
-    tiles = launch.Tiles.of_decode(table, rows, query.element_size(), launch.is_blackwell(_attend_kernel))
+    target = launch.Target.of(_attend_kernel)
+    tiles = launch.Tiles.of_decode(table, rows, query.element_size(), target)
     _attend_kernel[(num_programs, num_requests, triton.cdiv(rows, tiles.rows))](
         query,
         *shapes.pages,
@@ -337,7 +338,7 @@ def decode(
         M=tiles.rows,
         N=tiles.tokens,
         STAGES=tiles.stages,
-        PTX=launch.has_ptx(_attend_kernel, query.dtype),
+        PTX=target.unpacks_in_ptx(query.dtype),
         KEY=table.key.constants,
         VALUE=table.value.constants,
         PRECISION=launch.precision(query.dtype),

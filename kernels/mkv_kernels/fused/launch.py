@@ -38,6 +38,29 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for, which its tiles are chosen by.
+
+    backend: Triton's name of it, "cuda" or "hip"; "" where a kernel is interpreted.
+    generation: of NVIDIA's, 8 for Ampere, 9 for Hopper, 10 and more for Blackwell; 0 elsewhere.
+    """
+
+    backend: str
+    generation: int
+
+    @classmethod
+    def of(cls, kernel: Any) -> Target:
+        if not isinstance(kernel, JITFunction):
+            return cls("", 0)
+        target = driver.active.get_current_target()
+        return cls(target.backend, int(target.arch) // 10 if target.backend == "cuda" else 0)
+
+    def unpacks_in_ptx(self, dtype: torch.dtype) -> bool:
+        """Where there is PTX; it computes in 16 bits."""
+        return self.backend == "cuda" and dtype != torch.float32
+
+
+@dataclass(frozen=True)
 class Tiles:
     """What a program takes at once: `rows` of queries and `tokens`, in `stages` buffers, by `warps` warps.
 
@@ -52,26 +75,48 @@ class Tiles:
     warps: int
 
     @classmethod
-    def of_decode(cls, table: LayerTable, rows: int, itemsize: int, blackwell: bool) -> Tiles:
+    def of_decode(cls, table: LayerTable, rows: int, itemsize: int, target: Target) -> Tiles:
         columns = max(16, table.value.columns)
         rows = min(64, max(16, power_of_two(rows)))
-        coded = any(table.key.chunks[1:]) or any(table.value.chunks[1:])
+        coded = _is_coded(table)
         if coded or rows * columns > 64 * 320 or not _fits(table, rows, 64, 2, itemsize):
             rows = 16
         # Beside many accumulators, unpacked codes of 64 tokens leave no registers.
         # For Blackwell, Triton 3.9 copies coded rows byte by byte where products have 64 rows, and refuses to.
-        most = 32 if (rows == 16 and columns > 320) or (coded and blackwell) else 64
-        tokens, stages = _tokens(table, rows, most, itemsize)
-        return cls(rows, tokens, stages, 4 if rows == 16 and columns <= 560 else 8)
+        most = 32 if (rows == 16 and columns > 320) or (coded and target.generation >= 10) else 64
+        return cls(rows, *_tokens(table, rows, most, itemsize), _warps(rows, columns, target))
 
     @classmethod
-    def of_prefill(cls, table: LayerTable, query_heads: int, itemsize: int) -> Tiles:
+    def of_prefill(cls, table: LayerTable, query_heads: int, itemsize: int, target: Target) -> Tiles:
         columns = table.value.columns
         rows = 128 if columns <= 192 else 64 if columns <= 384 else 16
+        coded = _is_coded(table)
+        if coded and target.backend == "cuda" and target.generation != 9:
+            # Before Hopper, every warp unpacks all codes into registers of its own; for Blackwell, see `of_decode`.
+            rows = 16
+        elif target.generation == 8 and columns > 192:
+            # So does every warp hold q' of all coordinates.
+            rows = min(rows, 32)
+        elif target.backend == "hip":
+            rows = min(rows, 64)
         # A tile holds whole tokens.
         rows = max(rows, power_of_two(query_heads))
-        tokens, stages = _tokens(table, rows, 32, itemsize)
-        return cls(rows, tokens, stages, 4 if rows == 16 and columns <= 560 else 8)
+        # With more tokens, more threads than one load a coded row's piece; they cost registers, as accumulators do.
+        most = 64 if coded and columns <= (320 if rows == 16 else 192) else 32
+        warps = _warps(rows, columns, target)
+        if target.generation >= 9 and table.value.chunks[0] > 64:
+            # The product with as many rows of D leaves 4 no registers.
+            warps = 8
+        return cls(rows, *_tokens(table, rows, most, itemsize), warps)
+
+
+def _is_coded(table: LayerTable) -> bool:
+    return any(table.key.chunks[1:]) or any(table.value.chunks[1:])
+
+
+def _warps(rows: int, columns: int, target: Target) -> int:
+    # AMD's have 64 threads: of more than 4, each has half the registers.
+    return 4 if (rows == 16 and columns <= 560) or target.backend == "hip" else 8
 
 
 def _fits(table: LayerTable, rows: int, tokens: int, stages: int, itemsize: int) -> bool:
@@ -80,25 +125,14 @@ def _fits(table: LayerTable, rows: int, tokens: int, stages: int, itemsize: int)
 
 
 def _tokens(table: LayerTable, rows: int, most: int, itemsize: int) -> tuple[int, int]:
-    """Tokens of a tile and its buffers: as many tokens as fit twice; 16 once, where they do not."""
-    for tokens in (64, 32, 16):
-        if tokens <= most and _fits(table, rows, tokens, 2, itemsize):
-            return tokens, 2
-    return 16, 1
+    """Tokens of a tile and its buffers: as many tokens as fit twice.
 
-
-def has_ptx(kernel: Any, dtype: torch.dtype) -> bool:
-    """Whether a kernel may unpack codes with PTX: it is compiled, for CUDA, and computes in 16 bits."""
-    if dtype == torch.float32 or not isinstance(kernel, JITFunction):
-        return False
-    return driver.active.get_current_target().backend == "cuda"
-
-
-def is_blackwell(kernel: Any) -> bool:
-    if not isinstance(kernel, JITFunction):
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 100
+    Where these are 16 at most, coded tiers take one buffer: the addresses of two leave no registers.
+    """
+    sizes = [(tokens, 2) for tokens in (64, 32, 16) if tokens <= most]
+    if _is_coded(table):
+        sizes[-1] = (32, 1)
+    return next((size for size in sizes if _fits(table, rows, *size, itemsize)), (16, 1))
 
 
 def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:

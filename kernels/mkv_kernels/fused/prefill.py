@@ -180,7 +180,8 @@ def prefill(
     num_requests = seq_lens.shape[0]
     if num_requests == 0 or T == 0:
         return
-    tiles = launch.Tiles.of_prefill(table, M, query.element_size())
+    target = launch.Target.of(_prefill_kernel)
+    tiles = launch.Tiles.of_prefill(table, M, query.element_size(), target)
     queries = tiles.rows // M
     folded = table.value_up is None
     _prefill_kernel[(T // queries + num_requests, table.num_groups * table.group_heads)](
@@ -211,7 +212,7 @@ def prefill(
         M=tiles.rows,
         N=tiles.tokens,
         STAGES=tiles.stages,
-        PTX=launch.has_ptx(_prefill_kernel, query.dtype),
+        PTX=target.unpacks_in_ptx(query.dtype),
         KEY=table.key.constants,
         VALUE=table.value.constants,
         D=d,

@@ -27,10 +27,12 @@ TIERS = WIDTHS[:-1]
 MAX_SPLITS = 256
 ITEM_COLUMNS = (32, 64)
 """Columns of a projection that one program of the store computes: few where tokens are few, to keep a GPU busy."""
-TILE = 64
-"""Coordinates of the 16-bit tier that are loaded at once."""
-LOADED_BYTES = 32
-"""Bytes of a coded tier's row that are loaded at once; of longer pieces, more would be padding."""
+TILES = (64, 128)
+"""Coordinates of the 16-bit tier that are loaded at once: the more where padding does not grow by it, so that few
+tokens are enough for every thread to load 16 bytes, and heads are not large, for prefill multiplies as many rows of D.
+"""
+LOADED_BYTES = (32, 64)
+"""Bytes of a coded tier's row that are loaded at once: the more where padding does not grow by it."""
 LEAST_COST = 0.25
 """What a token of a group without any bytes costs a decode program, against one of the group with most bytes: products
 with keys are padded to the layer's largest ranks, and the softmax is everybody's."""
@@ -70,13 +72,15 @@ class SideShape:
         return (self.chunks, self.tiles, self.aligns)
 
     @classmethod
-    def of(cls, sides: list[SideLayout], itemsize: int) -> SideShape:
+    def of(cls, sides: list[SideLayout], itemsize: int, head_size: int) -> SideShape:
         chunks, tiles, aligns = [], [], []
         for tier, width in enumerate(TIERS):
             sizes = [size for side in sides if (size := tier_sizes(side)[tier])]
-            chunk = min(TILE if width == 16 else LOADED_BYTES, power_of_two(max(sizes, default=0)))
+            most = max(sizes, default=0)
+            longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_BYTES[most > 96]
+            chunk = min(longest, power_of_two(most))
             chunks.append(max(chunk, 16) if sizes else 0)
-            needed = -(-max(sizes) // chunks[-1]) if sizes else 0
+            needed = -(-most // chunks[-1]) if sizes else 0
             tiles.append(next(step for step in _STEPS if step >= needed))
             aligns.append(min([ALIGNMENT, *(size & -size for size in sizes)]))
         aligns[0] = ALIGNMENT // itemsize
@@ -149,8 +153,8 @@ class LayerTable:
             layout=layout,
             head_size=bases.head_size,
             group_heads=bases.group_heads,
-            key=SideShape.of([group.key for group in groups], layout.itemsize),
-            value=SideShape.of([group.value for group in groups], layout.itemsize),
+            key=SideShape.of([group.key for group in groups], layout.itemsize, bases.head_size),
+            value=SideShape.of([group.value for group in groups], layout.itemsize, bases.head_size),
             regions=torch.tensor(rows, dtype=torch.int32, device=device),
             key_down=padded("key_down", -1, rank_k).mT.contiguous(),
             key_shift=padded("key_shift", -1, rank_k),

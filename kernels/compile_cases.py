@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `compile_check.py` compiles: layers of some model at some budget, each with the launches that it may see.
+
+Every property that a kernel is compiled for occurs in some case: 1, 2, 4 and 8 KV heads per latent group; heads of 64,
+96, 128 and 256; ranks and tiers; bfloat16 and float16; C and D folded into the weights or not; small and large blocks.
+All of their combinations would take hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+
+from mkv_kernels.bases import LayerBases
+from mkv_kernels.fused.decode import DecodeWorkspace, decode
+from mkv_kernels.fused.prefill import prefill
+from mkv_kernels.fused.store import FEW_TOKENS, StoreWorkspace, project_and_store
+from mkv_kernels.fused.table import LayerTable
+from mkv_kernels.layout import GroupWidths, PageLayout
+
+LAUNCHES = ("store few", "store many", "decode", "speculative", "prefill")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and what is launched for it.
+
+    widths: of its latent groups' blocks, see `layout`.
+    speculative: queries per request in a launch of that name.
+    nvidia_only: left out for AMD's, whose compiler takes minutes for it, unless it is asked for by name.
+    """
+
+    widths: tuple[GroupWidths, ...]
+    group_heads: int
+    query_heads: int
+    head_size: int = 128
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    fold_up: bool = False
+    fold_down: bool = True
+    speculative: int = 4
+    launches: tuple[str, ...] = ("decode", "prefill")
+    nvidia_only: bool = False
+
+
+def blocks(**counts: int) -> tuple[int, ...]:
+    """Block widths from how many coordinates have 16, 8, 4 and 2 bits: b16, b8, b4, b2, and none: b0."""
+    return tuple(w for w in (16, 8, 4, 2, 0) for _ in range(counts.get(f"b{w}", 0) // 16))
+
+
+# The slowest to compile come first, so that no process ends long after the others.
+CASES = {
+    # The most that a layer may ask for, as ranks and beside tiers of a few bytes.
+    "full-rank-j8": Case(((blocks(b16=1024), blocks(b16=1024)),), 8, 4, fold_down=False),
+    "narrow-tiers-j8": Case(
+        ((blocks(b16=976, b8=16, b4=16, b2=16), blocks(b16=976, b8=16, b4=16, b2=16)),), 8, 2,
+        nvidia_only=True,
+    ),
+    "tiers-j8": Case(
+        ((blocks(b16=16, b8=48, b4=320, b2=320, b0=320), blocks(b8=32, b4=320, b2=320, b0=352)),), 8, 2,
+        nvidia_only=True,
+    ),
+    "narrow-tiers-j4": Case(((blocks(b16=464, b8=16, b4=16, b2=16), blocks(b16=464, b8=16, b4=16, b2=16)),), 4, 4),
+    "full-rank-j4": Case(((blocks(b16=512), blocks(b16=512)),), 4, 4),
+    # Llama-3.1-8B, budget 0.156 by tiers.
+    "tiers-j4": Case(
+        (
+            (blocks(b16=16, b8=48, b4=224, b2=128, b0=96), blocks(b8=32, b4=192, b2=192, b0=96)),
+            (blocks(b8=64, b4=256, b2=64, b0=128), blocks(b4=256, b2=128, b0=128)),
+        ),
+        4, 4, launches=LAUNCHES,
+    ),
+    "tiers-j1": Case(
+        (
+            (blocks(b8=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),
+            (blocks(b4=96, b2=32), blocks(b8=16, b4=48, b2=32, b0=32)),
+        ),
+        1, 4, fold_up=True, speculative=8, launches=LAUNCHES,
+    ),
+    # The same with 0.25 and 0.5 by ranks.
+    "ranks-j4": Case(
+        ((blocks(b16=256, b0=256), blocks(b16=192, b0=320)), (blocks(b16=128, b0=384), blocks(b16=256, b0=256))), 4, 4,
+        block_size=64, launches=("decode", "speculative", "prefill"),
+    ),
+    "ranks-j1": Case(
+        ((blocks(b16=80, b0=48), blocks(b16=64, b0=64)), (blocks(b16=16, b0=112), blocks(b16=112, b0=16))), 1, 4,
+        fold_up=True, launches=LAUNCHES,
+    ),
+    "narrow-tiers-j1": Case(((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4),
+    "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4),
+    # Heads of other sizes.
+    "tiers-j2-head-64": Case(
+        ((blocks(b16=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),), 2, 4, head_size=64, block_size=32,
+        dtype=torch.float16, speculative=2, launches=("decode", "speculative", "prefill"),
+    ),
+    "ranks-j2-head-96": Case(
+        ((blocks(b16=96, b0=96), blocks(b16=112, b0=80)),), 2, 1, head_size=96, dtype=torch.float16, fold_down=False,
+        launches=("store few", "store many", "decode", "prefill"),
+    ),
+    "tiers-j1-head-256": Case(
+        ((blocks(b8=32, b4=128, b2=64, b0=32), blocks(b4=128, b2=128)),), 1, 2, head_size=256, block_size=128,
+        fold_up=True,
+    ),
+    "full-rank-head-256": Case(((blocks(b16=256), blocks(b16=256)),), 1, 2, head_size=256),
+}  # fmt: skip
+QUICK = ("tiers-j1", "ranks-j4", "narrow-tiers-j1")
+"""Of `compile_check.py --quick`."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is beyond the bar and stays there, up to `limit`: a measure of `compile_check`, in its unit.
+
+    case, kernel, arch: patterns as of file names.
+    """
+
+    measure: str
+    limit: int
+    case: str
+    kernel: str
+    arch: str
+    reason: str
+
+    def covers(self, case: str, kernel: str, arch: str) -> bool:
+        return fnmatch(case, self.case) and fnmatch(kernel, self.kernel) and fnmatch(arch, self.arch)
+
+
+KNOWN = (
+    Known(
+        "loads",
+        8,
+        "tiers-*",
+        "*",
+        "[0-9]*",
+        "Triton keeps coded rows for products in 16 bits in shared memory by vectors of 8 bytes, and copies no more",
+    ),
+    Known("loads", 4, "tiers-*", "*", "*", "a tile of a tier has fewer than 8 bytes per thread"),
+    Known("loads", 2, "tiers-*-head-256", "*", "*", "the same; of more tokens, accumulators leave no registers"),
+    Known("loads", 1, "narrow-tiers-*", "*", "*", "a token's row of a tier has 4 or 8 bytes"),
+    Known(
+        "shared",
+        102144,
+        "narrow-tiers-j8",
+        "*",
+        "[0-9]*",
+        "near full rank, q' and 16 tokens of all tiers of 8 heads; needs a GPU with more than 99 KB",
+    ),
+    Known("spills", 16, "narrow-tiers-j8", "prefill", "[19]0*", "the same case: addresses of 22 tiles"),
+)
+
+
+def launcher(case: Case, launch: str) -> Callable[[], None]:
+    """A function that calls the launcher with tensors of the case's shapes, on the CPU."""
+    layout = PageLayout(case.widths, case.block_size, case.dtype.itemsize)
+    G, J, M, d = len(case.widths), case.group_heads, case.query_heads, case.head_size
+    n = J * d
+    eye = torch.eye(n).expand(G, n, n)
+    bases = LayerBases.cut(
+        layout, A=eye, B=eye, C=eye, D=eye, key_mean=torch.zeros(G, n), value_mean=torch.zeros(G, n), head_size=d,
+        fold_down=case.fold_down, fold_up=case.fold_up,
+    )  # fmt: skip
+    table = LayerTable.build(bases)
+    elements = layout.bytes_per_token // layout.itemsize
+    cache = torch.zeros(4, 1, case.block_size, elements, dtype=case.dtype)
+    requests = 2
+    queries = {"decode": 1, "speculative": case.speculative, "prefill": 100, "store few": 1}.get(launch, FEW_TOKENS)
+    T = requests * queries
+    projected = torch.zeros(T, G, J, M, table.rank_k, dtype=case.dtype)
+    if launch.startswith("store"):
+        query, key, value = (torch.zeros(T, G * J * heads, d, dtype=case.dtype) for heads in (M, 1, 1))
+        slots, scratch = torch.zeros(T, dtype=torch.int64), StoreWorkspace.make(table, T)
+        return lambda: project_and_store(query, key, value, cache, table, slots, projected, scratch)
+    output = torch.zeros(T, G * J * M, d, dtype=case.dtype)
+    step = (
+        torch.zeros(requests, 64, dtype=torch.int32),
+        torch.full((requests,), 128, dtype=torch.int32),
+        torch.arange(0, T + 1, queries, dtype=torch.int32),
+    )
+    if launch == "prefill":
+        return lambda: prefill(projected, cache, table, *step, 0.1, output)
+    workspace = DecodeWorkspace.make(table, T, G * J * M, 4)
+    return lambda: decode(
+        projected, cache, table, *step, 0.1, output, workspace, max_queries=queries, num_splits=4
+    )  # fmt: skip

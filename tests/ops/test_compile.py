@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compile gate: kernels compile for a GPU that is not there, and what is beyond the bar is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECK = Path(__file__).resolve().parents[2] / "kernels" / "compile_check.py"
+
+
+def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    # In a process of its own: in this one, Triton interprets.
+    pytest.importorskip("triton.backends.nvidia")
+    command = [sys.executable, CHECK, "--arch", "90", "--processes", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_decode_and_prefill_meet_the_bar(tmp_path: Path) -> None:
+    ran = check("--case", "ranks-j1", "--launch", "decode", "--launch", "prefill", "--json", tmp_path / "rows.json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]
+    assert [row["kernel"] for row in rows] == ["attend", "combine", "prefill"]
+    for row in rows:
+        assert row["spills"] == 0 and row["shared"] <= 99 * 1024 and not row["beyond"]
+        if row["kernel"] != "combine":
+            assert row["mma"] > 0 and set(row["loads"]) == {"16"}
+
+
+def test_what_is_beyond_the_bar_fails() -> None:
+    ran = check("--case", "ranks-j1", "--launch", "decode", "--shared-bar", "1024")
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "beyond the bar: ranks-j1 for 90, decode, attend: shared" in ran.stdout
+    assert "1 beyond" in ran.stdout
