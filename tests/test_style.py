@@ -61,6 +61,9 @@ def test_kernels_import_torch_triton_and_the_standard_library_only() -> None:
     allowed = {"mkv_kernels", "torch", "triton", *sys.stdlib_module_names}
     for file in (ROOT / "kernels" / "mkv_kernels").rglob("*.py"):
         roots = {name.partition(".")[0] for name in imported_modules(file)}
+        # Compiled kernels are imported where numba is, and by whoever asked for them.
+        if file.parent.name == "compiled":
+            roots -= {"llvmlite", "numba", "numpy"}
         assert roots <= allowed, f"{relative(file)} imports {sorted(roots - allowed)}"
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -37,6 +38,45 @@ class Bucket:
     length: int
 
 
+@dataclass(frozen=True)
+class Decodes:
+    """Queries that attend one by one: those of the requests that have few of them.
+
+    Shapes:
+        requests, tokens, lengths: [queries] int64, row of the block table, token of the step, and cached tokens that it
+            sees, its own included
+        block_table: [num_reqs, blocks] int32
+    """
+
+    requests: torch.Tensor
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    max_length: int
+    block_table: torch.Tensor
+
+
+def split_decodes(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, max_queries: int
+) -> tuple[Decodes | None, list[int]]:
+    """The queries of requests that have at most `max_queries`, and the other requests; arguments as `make_buckets`."""
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    counts = [stop - start for start, stop in pairwise(starts)]
+    few = [request for request, count in enumerate(counts) if 0 < count <= max_queries]
+    many = [request for request, count in enumerate(counts) if count > max_queries]
+    if not few:
+        return None, many
+    queries = [(request, query) for request in few for query in range(counts[request])]
+    lengths = [lens[request] - counts[request] + query + 1 for request, query in queries]
+    decodes = Decodes(
+        requests=torch.tensor([request for request, _ in queries]),
+        tokens=torch.tensor([starts[request] + query for request, query in queries]),
+        lengths=torch.tensor(lengths),
+        max_length=max(lengths),
+        block_table=block_table,
+    )
+    return decodes, many
+
+
 def make_buckets(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -44,6 +84,7 @@ def make_buckets(
     block_size: int,
     dtype: torch.dtype,
     max_scores: int = MAX_SCORES,
+    requests: list[int] | None = None,
 ) -> list[Bucket]:
     """Buckets requests of like lengths, so that padding stays below a factor of two in queries and in context.
 
@@ -54,10 +95,12 @@ def make_buckets(
         block_size: tokens per page.
         dtype: of queries and cache, which the masks get.
         max_scores: see MAX_SCORES.
+        requests: those to bucket; None for all.
     """
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     by_size: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
-    for request, seq_len in enumerate(lens):
+    for request in range(len(lens)) if requests is None else requests:
+        seq_len = lens[request]
         start, stop = starts[request], starts[request + 1]
         # A stretch of queries sees nothing after its last one, so long prefills are cut into stretches.
         stride = max(1, max_scores // max(seq_len, 1))

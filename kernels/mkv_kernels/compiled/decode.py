@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention on a CPU: the launcher. Same contract as `attend` for requests of few queries each."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+from llvmlite import binding
+
+from mkv_kernels.bases import LayerBases
+from mkv_kernels.codes import scale_values
+from mkv_kernels.compiled.chunk import CHUNK
+from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT
+from mkv_kernels.compiled.worker import GROUP, STEP, compile_worker, scratch_bytes
+from mkv_kernels.layout import SideLayout
+from mkv_kernels.schedule import Decodes
+
+KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+ROWS = 4
+"""Query heads of a tile: with 4 tokens, 16 sums of the 32 registers of AVX-512."""
+TASKS_PER_THREAD = 4
+"""So many at least where contexts are long: groups differ in bytes, and cores in what else they do."""
+LEAST_SPLIT = 4 * CHUNK
+
+
+@cache
+def parallel() -> Callable[[int, int, int, int], None] | None:
+    """The function that starts OpenMP's threads, of the library that PyTorch runs on; None where it has none.
+
+    PyTorch's own threads, bound to cores as vLLM binds them, rather than a second pool beside them.
+    """
+    try:
+        start = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    start.restype = None
+    return start
+
+
+def kind_of(dtype: torch.dtype) -> int:
+    """What numbers of a dtype are to the processor."""
+    if dtype == torch.bfloat16:
+        features = binding.get_host_cpu_features()
+        if features.get("avx512bf16") and features.get("avx512bw"):
+            return PAIRS
+    return KINDS[dtype]
+
+
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why this machine or dtype is not served; None where it is."""
+    if dtype not in KINDS:
+        return f"there are no compiled kernels for {dtype}"
+    if parallel() is None:
+        return "PyTorch does not run on OpenMP threads here"
+    return None
+
+
+def _side_fields(side: SideLayout) -> list[int]:
+    tiers = {region.width: (region.offset, region.size * region.width // 8) for region in side.regions}
+    exact = tiers.get(16, (0, 0))[0], side.exact
+    coded = [number for width in (8, 4, 2) for number in tiers.get(width, (0, 0))]
+    return [*exact, *coded, -1 if side.scale_offset is None else side.scale_offset]
+
+
+def _num_units(side: SideLayout) -> int:
+    parts = {8: 2, 4: 2, 2: 4}
+    coded = sum(parts[region.width] * -(-region.size * region.width // 8 // UNIT) for region in side.coded)
+    return coded + -(-side.exact // UNIT)
+
+
+class DecodeScratch:
+    """What the layers of a model share beside the cache. Grows with the largest step, and is kept."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.partial = torch.empty(0)
+        self.counters = torch.empty(0, dtype=torch.int64)
+
+    def reserve(self, num_bytes: int, num_partial: int, num_counters: int) -> None:
+        if num_bytes > len(self.bytes):
+            self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        if num_partial > len(self.partial):
+            self.partial = torch.empty(num_partial)
+        if num_counters > len(self.counters):
+            self.counters = torch.empty(num_counters, dtype=torch.int64)
+
+
+class LayerDecode:
+    """One layer's tables, on its way to the compiled worker."""
+
+    def __init__(
+        self,
+        bases: LayerBases,
+        scale: float,
+        num_heads: int,
+        dtype: torch.dtype,
+        scratch: DecodeScratch,
+        kind: int | None = None,
+    ) -> None:
+        """`kind` is one of `vector`'s, where it is not to be the processor's best.
+
+        Raises:
+            NotImplementedError: `unsupported` says why.
+        """
+        if (reason := unsupported(dtype)) is not None:
+            raise NotImplementedError(reason)
+        self.bases, self.dtype, self.scratch = bases, dtype, scratch
+        self.num_groups = len(bases.layout.widths)
+        self.num_rows = num_heads // self.num_groups
+        self.kind = kind_of(dtype) if kind is None else kind
+        # Powers of two, as `vector.lane_sums` wants them.
+        self.rows = min(ROWS, 1 << (self.num_rows - 1).bit_length())
+        self.tiled_rows = -(-self.num_rows // self.rows) * self.rows
+        self._scales = scale_values(torch.arange(256, dtype=torch.uint8))
+        self._factor = torch.tensor([scale / math.log(2)], dtype=torch.float32)
+        self._fill_table()
+        self._queries = torch.empty(self.num_groups, 2, dtype=torch.int64)
+        self.worker = compile_worker(self.kind, self.rows)
+
+    def _fill_table(self) -> None:
+        self._table = np.zeros(self.num_groups, GROUP)
+        # The table has addresses of these.
+        self._kept: list[torch.Tensor] = []
+
+        def address(tensor: torch.Tensor) -> int:
+            self._kept.append(tensor.contiguous())
+            return self._kept[-1].data_ptr()
+
+        for run in self.bases.runs:
+            for place, g in enumerate(run.run.groups):
+                row, layout = self._table[g], self.bases.layout.groups[g]
+                row["key"], row["value"] = _side_fields(layout.key), _side_fields(layout.value)
+                row["key_units"], row["value_units"] = _num_units(layout.key), _num_units(layout.value)
+                row["rank_k"], row["rank_v"] = layout.key.rank, layout.value.rank
+                row["up"] = 0 if run.value_up is None else address(run.value_up[place])
+                row["mean"] = address(run.value_mean[place])
+        self.key_units, self.value_units, self.rank_v = (
+            int(self._table[name].max()) for name in ("key_units", "value_units", "rank_v")
+        )
+
+    def __call__(
+        self, query: tuple[torch.Tensor, ...], cache: torch.Tensor, decodes: Decodes, output: torch.Tensor
+    ) -> None:
+        """output = softmax(q' k'^T scale) v' D + mean, for the tokens of `decodes` and every query head.
+
+        Shapes:
+            query:  q' for every run, [T, G, J, M, Rk]
+            cache:  as `pages.view_pages` takes it
+            output: [T, H, d]; as `attend` leaves it
+        """
+        assert cache.dtype == output.dtype == self.dtype
+        assert output.is_contiguous() or output[0].is_contiguous()
+        assert decodes.block_table.dtype == torch.int32 and decodes.block_table.stride(1) == 1
+        itemsize, layout, num_queries = self.dtype.itemsize, self.bases.layout, len(decodes.tokens)
+        query = tuple(q.contiguous() for q in query)
+        for q, run in zip(query, self.bases.runs, strict=True):
+            assert q.dtype == self.dtype
+            rows_bytes = self.num_rows * run.rank_k * itemsize
+            for place, g in enumerate(run.run.groups):
+                self._queries[g, 0] = q.data_ptr() + place * rows_bytes
+                self._queries[g, 1] = len(run.run.groups) * rows_bytes
+        threads = torch.get_num_threads()
+        pairs = num_queries * self.num_groups
+        splits = min(-(-TASKS_PER_THREAD * threads // pairs), max(1, decodes.max_length // LEAST_SPLIT))
+        split = -(-decodes.max_length // (splits * CHUNK)) * CHUNK
+        stride, partial_stride = (
+            scratch_bytes(self.kind, self.tiled_rows, self.key_units, self.value_units),
+            -(-(self.rank_v + 2) // LANES) * LANES,
+        )
+        scratch = self.scratch
+        scratch.reserve(threads * stride, pairs * splits * self.tiled_rows * partial_stride, 2 + pairs)
+        scratch.counters[: 2 + pairs] = 0
+        step = np.array(
+            (
+                scratch.counters.data_ptr(),
+                num_queries,
+                self.num_groups,
+                self.bases.group_heads,
+                self.num_rows,
+                self.bases.head_size,
+                splits,
+                split,
+                self._table.ctypes.data,
+                self._queries.data_ptr(),
+                decodes.requests.data_ptr(),
+                decodes.tokens.data_ptr(),
+                decodes.lengths.data_ptr(),
+                decodes.block_table.data_ptr(),
+                decodes.block_table.stride(0),
+                cache.data_ptr(),
+                cache.stride(0) * itemsize,
+                layout.block_size,
+                self._scales.data_ptr(),
+                self._factor.data_ptr(),
+                scratch.bytes.data_ptr(),
+                stride,
+                scratch.partial.data_ptr(),
+                partial_stride,
+                output.data_ptr(),
+                output.stride(0) * itemsize,
+                self.key_units,
+                self.value_units,
+            ),
+            STEP,
+        )
+        start = parallel()
+        assert start is not None
+        # All threads, even where tasks are fewer: a team of another size is made anew, and PyTorch's next one again.
+        start(self.worker.address, step.ctypes.data, threads, 0)

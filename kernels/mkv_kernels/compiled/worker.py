@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one thread does in a decode step: tasks of one query, latent group and stretch of context, until none is left.
+
+    o[row] = sum_t p[row, t] v'[t] / sum_t p[row, t]      p[row, t] = exp((q'[row] k'[t] - m[row]) scale)
+
+in chunks of tokens, rescaled when m, the largest score yet, grows; whoever finishes the last stretch of a query and
+group combines all of them and multiplies by D. Rows are the query heads of the group, in tiles of equal size.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, from_dtype, types
+
+from mkv_kernels.compiled.chunk import (
+    CHUNK,
+    combine,
+    fill,
+    find_tokens,
+    load_query,
+    load_scales,
+    put_in_order,
+    score,
+    weigh_scores,
+    weigh_values,
+    write_output,
+)
+from mkv_kernels.compiled.tile import SIDE_FIELDS, TOKENS, fetch_add, floats, int64s, lengths, operand_bytes, pointer_to
+from mkv_kernels.compiled.vector import ITEMSIZE, LANES, PAIRS, UNIT, code_factor
+
+
+def _record(*names: str) -> np.dtype:
+    return np.dtype([(name, np.int64) for name in names])
+
+
+STEP = _record(
+    "counters",  # [2 + queries * groups] zeros: threads that came, tasks that were taken, stretches that are done
+    "num_queries",
+    "num_groups",
+    "group_heads",
+    "num_rows",
+    "head_size",
+    "num_splits",
+    "split",  # tokens, a multiple of CHUNK
+    "groups",  # [groups] GROUP
+    "queries",  # [groups, 2]: address of the first token's q', and bytes to the next token's
+    "requests",  # [queries]: row of the block table
+    "tokens",  # [queries]: token of the step
+    "lengths",  # [queries]: cached tokens that the query sees
+    "block_table",  # int32, rows `table_stride` numbers apart
+    "table_stride",
+    "cache",
+    "page_stride",
+    "block_size",
+    "scales",  # [256] floats: what a byte in a page stands for
+    "factor",  # one float: scale / ln 2
+    "scratch",
+    "scratch_stride",
+    "partial",  # [queries, groups, splits, rows of whole tiles, partial_stride] floats
+    "partial_stride",  # the largest rank of values, and 2
+    "output",
+    "output_stride",
+    "key_units",  # of the group that has most
+    "value_units",
+)
+"""A step. Addresses are named for what is there; numbers are int64 and strides in bytes where nothing is said."""
+
+GROUP = np.dtype(
+    [
+        ("key", np.int64, (SIDE_FIELDS,)),
+        ("value", np.int64, (SIDE_FIELDS,)),
+        *[(name, np.int64) for name in ("key_units", "value_units", "rank_k", "rank_v")],
+        ("up", np.int64),  # address of D, [J, Rv, d] floats; 0 where it is folded into the weights
+        ("mean", np.int64),  # of [J, d] floats
+    ]
+)
+"""A latent group; its sides are `tile.SIDE_FIELDS`."""
+
+_STEP, _GROUP = from_dtype(STEP), from_dtype(GROUP)
+_GROUP_BYTES = GROUP.itemsize
+_VALUE_BYTES = 8 * SIDE_FIELDS
+_groups_at = pointer_to(_GROUP)
+
+
+def scratch_bytes(kind: int, num_tiled_rows: int, key_units: int, value_units: int) -> int:
+    """One thread's, in the order in which `worker` cuts it up."""
+    per_row = key_units * operand_bytes(kind) + 3 * 4 * CHUNK + 4 * UNIT * value_units + 8
+    return -(-(num_tiled_rows * per_row + (CHUNK + TOKENS) * 16 + (CHUNK + LANES) * 8) // 64) * 64
+
+
+@cache
+def compile_worker(kind: int, rows: int) -> Any:
+    """A C function of the address of a `STEP`, for numbers of a kind and tiles of so many rows."""
+    worker = _make_worker(kind, rows)
+    signature = types.void(types.CPointer(_STEP))
+    try:
+        return cfunc(signature, cache=True)(worker)
+    except RuntimeError as error:
+        # Neither this folder nor the user's cache can be written: every process compiles for itself.
+        if "cannot cache function" not in str(error):
+            raise
+        return cfunc(signature)(worker)
+
+
+def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
+    # The first two are known when code is compiled, and part of the key of what numba caches, as the others are.
+    kind_, rows_ = lengths(kind), lengths(rows)
+    itemsize, unit_bytes, pairs = ITEMSIZE[kind], operand_bytes(kind), kind == PAIRS
+    # numba's cache knows this file's date alone; what its functions call is part of the key through this number.
+    sources = zlib.crc32(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    odd_4, odd_2 = 1 / code_factor(kind, 4), 1 / code_factor(kind, 2)
+
+    def worker(steps: Any) -> None:
+        step = carray(steps, 1)[0]
+        if sources < 0:  # never
+            return
+        tiled = (step.num_rows + rows - 1) // rows * rows
+        q_at = step.scratch + fetch_add(step.counters) * step.scratch_stride
+        s_at = q_at + tiled * step.key_units * unit_bytes
+        p_at = s_at + tiled * CHUNK * 4
+        w_at = p_at + tiled * CHUNK * 4
+        o_at = w_at + tiled * CHUNK * 4
+        top_at = o_at + tiled * step.value_units * UNIT * 4
+        sum_at = top_at + tiled * 4
+        pages_at = sum_at + tiled * 4
+        slots_at = pages_at + (CHUNK + TOKENS) * 8
+        key_scales_at = slots_at + (CHUNK + TOKENS) * 8
+        value_scales_at = key_scales_at + (CHUNK + LANES) * 4
+        factor = floats(step.factor)[0]
+        num_tasks = step.num_queries * step.num_groups * step.num_splits
+        while True:
+            task = fetch_add(step.counters + 8)
+            if task >= num_tasks:
+                break
+            split, pair = task % step.num_splits, task // step.num_splits
+            g, query = pair % step.num_groups, pair // step.num_groups
+            key_at = step.groups + g * _GROUP_BYTES
+            value_at = key_at + _VALUE_BYTES
+            group = carray(_groups_at(key_at), 1)[0]
+            token, length = int64s(step.tokens)[query], int64s(step.lengths)[query]
+            table_at = step.block_table + int64s(step.requests)[query] * step.table_stride * 4
+            source = int64s(step.queries + g * 16)
+            number_at = source[0] + token * source[1]
+            for i in range(tiled * group.key_units * (unit_bytes // 8)):
+                int64s(q_at)[i] = 0
+            for row in range(step.num_rows):
+                row_at = q_at + (row // rows * group.key_units * rows + row % rows) * unit_bytes
+                load_query(row_at, number_at + row * group.rank_k * itemsize, key_at, rows, pairs, odd_4, odd_2, kind_)
+            fill(o_at, tiled * group.value_units * UNIT, 0.0)
+            fill(top_at, tiled, -math.inf)
+            fill(sum_at, tiled, 0.0)
+            stop = min(length, (split + 1) * step.split)
+            for first in range(split * step.split, stop, CHUNK):
+                num_tokens = min(CHUNK, stop - first)
+                find_tokens(
+                    pages_at, slots_at, first, num_tokens, step.cache, step.page_stride, table_at, step.block_size
+                )
+                load_scales(key_scales_at, step.scales, pages_at, slots_at, num_tokens, int64s(key_at)[8])
+                load_scales(value_scales_at, step.scales, pages_at, slots_at, num_tokens, int64s(value_at)[8])
+                score(
+                    s_at,
+                    q_at,
+                    key_at,
+                    group.key_units,
+                    pages_at,
+                    slots_at,
+                    key_scales_at,
+                    num_tokens,
+                    tiled // rows,
+                    rows_,
+                    kind_,
+                )
+                for row in range(tiled):
+                    own_o_at = o_at + (row // rows * group.value_units * rows + row % rows) * UNIT * 4
+                    in_chunk = row * CHUNK * 4
+                    weigh_scores(
+                        s_at + in_chunk,
+                        p_at + in_chunk,
+                        w_at + in_chunk,
+                        top_at + row * 4,
+                        sum_at + row * 4,
+                        value_scales_at,
+                        num_tokens,
+                        factor,
+                        own_o_at,
+                        group.value_units,
+                        rows_,
+                        kind_,
+                    )
+                for tile in range(tiled // rows):
+                    weigh_values(
+                        o_at + tile * group.value_units * rows * UNIT * 4,
+                        p_at + tile * rows * CHUNK * 4,
+                        w_at + tile * rows * CHUNK * 4,
+                        value_at,
+                        pages_at,
+                        slots_at,
+                        num_tokens,
+                        rows_,
+                        kind_,
+                    )
+            split_bytes = tiled * step.partial_stride * 4
+            for row in range(step.num_rows):
+                found_at = step.partial + (pair * step.num_splits + split) * split_bytes + row * step.partial_stride * 4
+                found = floats(found_at)
+                found[step.partial_stride - 2], found[step.partial_stride - 1] = (
+                    floats(top_at)[row],
+                    floats(sum_at)[row],
+                )
+                row_at = o_at + (row // rows * group.value_units * rows + row % rows) * UNIT * 4
+                put_in_order(found_at, row_at, value_at, rows, pairs, odd_4, odd_2)
+            if fetch_add(step.counters + 16 + pair * 8) != step.num_splits - 1:
+                continue
+            for row in range(step.num_rows):
+                row_at = step.partial + pair * step.num_splits * split_bytes + row * step.partial_stride * 4
+                combine(o_at, row_at, step.num_splits, split_bytes, step.partial_stride, group.rank_v, factor)
+                out = step.output + token * step.output_stride + (g * step.num_rows + row) * step.head_size * itemsize
+                j = row // (step.num_rows // step.group_heads)
+                mean_at = group.mean + j * step.head_size * 4
+                up_at = 0 if group.up == 0 else group.up + j * group.rank_v * step.head_size * 4
+                write_output(out, o_at, group.rank_v, up_at, mean_at, step.head_size, kind_)
+
+    return worker
