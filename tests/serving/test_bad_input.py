@@ -512,3 +512,16 @@ def test_a_process_ends_with_the_message_alone(model, command, message):
     assert output.count(message) == 1, output
     assert "Traceback" not in output, output
     assert ran.stderr.splitlines()[-1].startswith("vllm-mkv: error: "), output
+
+
+def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, caplog):
+    def warnings():
+        return [
+            record.getMessage() for record in caplog.records if record.levelname == "WARNING" and "MKV" in record.msg
+        ]
+
+    start({"adapter": str(adapter)}, max_model_len=128)
+    assert warnings() == []
+    start({"adapter": str(adapter)}, max_model_len=256)
+    (message,) = warnings()
+    assert "windows of 128 tokens" in message and "--context 256" in message

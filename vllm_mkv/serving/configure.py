@@ -32,6 +32,15 @@ def configure(vllm_config: VllmConfig) -> None:
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "mkv": {**given.get("mkv", {}), "digest": plan.digest}}
     logger.info("%s", plan.describe())
+    calibrated, longest = plan.adapter.config.made.get("context"), vllm_config.model_config.max_model_len
+    if isinstance(calibrated, int) and calibrated < longest:
+        logger.warning(
+            "MKV: the adapter was made from windows of %d tokens, and requests may have %d: farther on, it is worse "
+            "than was measured. Calibrate and search with --context %d, or lower --max-model-len.",
+            calibrated,
+            longest,
+            longest,
+        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
