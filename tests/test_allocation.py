@@ -72,8 +72,8 @@ def test_scales_count_as_bytes():
     path = AllocationPath.uniform(CacheShape(1, 1, 64), (16, 4))
     allocation = path.replay(0.3)
     assert allocation.widths[0][0] == ((4,) * 4, (4,) * 4)
-    assert allocation.bytes_per_token(block_size=16, itemsize=2) == 2 * (64 // 2 + 2)
-    assert side_bytes((16, 4, 4, 0), 2) == 32 + 16 + 2
+    assert allocation.bytes_per_token(block_size=16, itemsize=2) == 2 * (64 // 2 + 1)
+    assert side_bytes((16, 4, 4, 0), 2) == 32 + 16 + 1
 
 
 def test_every_shard_declares_the_largest_shards_bytes():

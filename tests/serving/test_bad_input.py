@@ -7,6 +7,7 @@ The models here have no weights at all: whoever loaded them before looking at th
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -421,7 +422,8 @@ def test_options_in_the_wrong_place(refused, adapter):
     refused("'budget' is beside \"mkv\"", "put it inside", additional_config=options)
 
 
-def test_options_without_the_backend_are_warned_of(start, adapter, caplog):
+def test_options_without_the_backend_are_warned_of(start, adapter, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     start({"adapter": str(adapter)}, attention_backend=None)
     assert [record.getMessage() for record in caplog.records if record.name == "vllm.mkv"] == [
         "--additional-config has options under mkv, which are ignored: give --attention-backend mkv"
@@ -514,7 +516,9 @@ def test_a_process_ends_with_the_message_alone(model, command, message):
     assert ran.stderr.splitlines()[-1].startswith("vllm-mkv: error: "), output
 
 
-def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, caplog):
+def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
     def warnings():
         return [
             record.getMessage() for record in caplog.records if record.levelname == "WARNING" and "MKV" in record.msg
