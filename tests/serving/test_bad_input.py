@@ -423,6 +423,8 @@ def test_options_in_the_wrong_place(refused, adapter):
 
 
 def test_options_without_the_backend_are_warned_of(start, adapter, caplog, monkeypatch):
+    import vllm.logger  # noqa: F401  # sets logging up, which must not undo what follows
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     start({"adapter": str(adapter)}, attention_backend=None)
     assert [record.getMessage() for record in caplog.records if record.name == "vllm.mkv"] == [
@@ -517,6 +519,8 @@ def test_a_process_ends_with_the_message_alone(model, command, message):
 
 
 def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, caplog, monkeypatch):
+    import vllm.logger  # noqa: F401  # sets logging up, which must not undo what follows
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
     def warnings():
