@@ -422,12 +422,11 @@ def test_options_in_the_wrong_place(refused, adapter):
     refused("'budget' is beside \"mkv\"", "put it inside", additional_config=options)
 
 
-def test_options_without_the_backend_are_warned_of(start, adapter, caplog, monkeypatch):
-    import vllm.logger  # noqa: F401  # sets logging up, which must not undo what follows
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_options_without_the_backend_are_warned_of(start, adapter, monkeypatch):
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
     start({"adapter": str(adapter)}, attention_backend=None)
-    assert [record.getMessage() for record in caplog.records if record.name == "vllm.mkv"] == [
+    assert [record.getMessage() for record in records] == [
         "--additional-config has options under mkv, which are ignored: give --attention-backend mkv"
     ]
 
@@ -518,15 +517,12 @@ def test_a_process_ends_with_the_message_alone(model, command, message):
     assert ran.stderr.splitlines()[-1].startswith("vllm-mkv: error: "), output
 
 
-def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, caplog, monkeypatch):
-    import vllm.logger  # noqa: F401  # sets logging up, which must not undo what follows
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, monkeypatch):
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
 
     def warnings():
-        return [
-            record.getMessage() for record in caplog.records if record.levelname == "WARNING" and "MKV" in record.msg
-        ]
+        return [record.getMessage() for record in records if record.levelname == "WARNING" and "MKV" in record.msg]
 
     start({"adapter": str(adapter)}, max_model_len=128)
     assert warnings() == []
