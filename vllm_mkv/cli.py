@@ -180,7 +180,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in")
     add("--eager", action="store_true", help="without compilation and CUDA graphs, as always on the CPU")
     add("--one-at-a-time", action="store_true", help="no two engines side by side, as always on GPUs")
-    add("--mkv-kernels", choices=("auto", "triton", "torch"), default="auto", help="(default: %(default)s)")
+    add("--mkv-kernels", choices=("auto", "triton", "numba", "torch"), default="auto", help="(default: %(default)s)")
     add("--json", metavar="FILE.json", help="write the figures")
     add("--plot", metavar="FILE.png", help="draw latency against context")
     add("--revision", help="of the model's Hub repository")

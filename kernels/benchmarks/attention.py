@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from benchmarks import launchers
@@ -13,6 +15,25 @@ from benchmarks.report import Row
 from benchmarks.session import NO_KERNELS, CheckFailed, Session
 from benchmarks.traffic import attention_bytes, attention_columns, attention_flops, full_attention_bytes
 from benchmarks.verify import MAX_CHECKED_SCORES, check_attention, twin_attention
+
+FULL = [(batch, context) for context in (1024, 4096, 16384, 32768, 65536, 131072) for batch in (1, 4, 16, 64, 256)]
+
+Pairs = list[tuple[int, int]]
+"""Of a batch and a context."""
+
+
+def add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, nargs="+", help="requests, 1 to 256 with --full")
+    parser.add_argument("--context", type=int, nargs="+", help="cached tokens per request, 1k to 128k with --full")
+
+
+def pairs_of(
+    args: argparse.Namespace, session: Session, quick: Pairs, on_cpu: Pairs, batches: tuple[int, ...]
+) -> Pairs:
+    """Those asked for, with `batches` where only contexts are; else those of the subset."""
+    if args.batch or args.context:
+        return [(batch, context) for context in args.context or (8192,) for batch in args.batch or batches]
+    return FULL if args.full else quick if session.on_cuda else on_cpu
 
 
 def run(session: Session, kind: str, shapes: list[Shape]) -> None:

@@ -26,19 +26,15 @@ from benchmarks.session import Session, parser_of
 
 QUICK = [(32, 8192), (1, 8192), (1, 131072), (32, 1024), (1, 1024), (32, 32768)]
 QUICK_ON_CPU = [(1, 1024), (4, 1024), (1, 4096)]
-FULL = [(batch, context) for context in (1024, 4096, 16384, 32768, 65536, 131072) for batch in (1, 4, 16, 64, 256)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__, [peer.name for peer in PEERS], graph=True)
-    parser.add_argument("--batch", type=int, nargs="+", help="requests, 1 to 256 with --full")
-    parser.add_argument("--context", type=int, nargs="+", help="cached tokens per request, 1k to 128k with --full")
+    attention.add_pairs(parser)
     parser.add_argument("--queries", type=int, default=1, help="per request; more than one are speculative ones")
     args = parser.parse_args(arguments)
     session = Session(Path(__file__), args)
-    pairs = FULL if args.full else QUICK if session.on_cuda else QUICK_ON_CPU
-    if args.batch or args.context:
-        pairs = [(batch, context) for context in args.context or (8192,) for batch in args.batch or (1, 32)]
+    pairs = attention.pairs_of(args, session, QUICK, QUICK_ON_CPU, (1, 32))
     attention.run(session, "decode", [Shape(batch, context, args.queries) for batch, context in pairs])
     return session.finish()
 

@@ -115,10 +115,14 @@ def mkv_runs(name: str, layer: Layer, shape: Shape, rows: list[dict[str, Any]]) 
     buckets = make_buckets(*arguments, setting.block_size, setting.dtype)
     output = layer.new_output(shape.batch)
     runs: dict[str, Run] = {}
-    for kernel, kind in (("compiled", None), ("compiled, no bf16 products", BFLOAT16)):
-        decode = LayerDecode(layer.bases, setting.scale, layer.num_heads, setting.dtype, DecodeScratch(), kind=kind)
-        if kind is not None and kind_of(setting.dtype) != PAIRS:
-            continue
+    kinds: dict[str, int | None] = {"compiled": None}
+    if kind_of(setting.dtype) == PAIRS:
+        kinds["compiled, no bf16 products"] = BFLOAT16
+    kernels = {
+        kernel: LayerDecode(layer.bases, setting.scale, layer.num_heads, setting.dtype, DecodeScratch(), kind=kind)
+        for kernel, kind in kinds.items()
+    }
+    for kernel, decode in kernels.items():
         output.fill_(float("nan"))
         decode(by_run, cache, decodes, output)
         errors = check_attention(layer, table, query, cache, output)
@@ -129,10 +133,9 @@ def mkv_runs(name: str, layer: Layer, shape: Shape, rows: list[dict[str, Any]]) 
     runs["twin"] = lambda: attend(by_run, pages, layer.bases, buckets, setting.scale, output)
     q, k, v, _ = layer.new_inputs(shape.batch)
     slots = table.block_table[:, -1].long() * setting.block_size + setting.block_size - 1
-    fast = LayerDecode(layer.bases, setting.scale, layer.num_heads, setting.dtype, DecodeScratch())
 
     def whole() -> None:
-        fast(project_and_store(q, k, v, pages, layer.bases, slots, None), cache, decodes, output)
+        kernels["compiled"](project_and_store(q, k, v, pages, layer.bases, slots, None), cache, decodes, output)
 
     runs["compiled, layer"] = whole
     return runs

@@ -27,19 +27,15 @@ from benchmarks.session import Session, parser_of
 
 QUICK = [(1, 2048), (1, 8192), (8, 2048), (1, 32768), (1, 1024)]
 QUICK_ON_CPU = [(1, 256), (1, 1024)]
-FULL = [(batch, context) for context in (1024, 4096, 16384, 32768, 65536, 131072) for batch in (1, 4, 16, 64, 256)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__, [peer.name for peer in PEERS if not peer.decode_only], graph=False)
-    parser.add_argument("--batch", type=int, nargs="+", help="requests, 1 to 256 with --full")
-    parser.add_argument("--context", type=int, nargs="+", help="cached tokens per request, 1k to 128k with --full")
+    attention.add_pairs(parser)
     parser.add_argument("--chunk", type=int, default=2048, help="queries per request at most (default %(default)s)")
     args = parser.parse_args(arguments)
     session = Session(Path(__file__), args)
-    pairs = FULL if args.full else QUICK if session.on_cuda else QUICK_ON_CPU
-    if args.batch or args.context:
-        pairs = [(batch, context) for context in args.context or (8192,) for batch in args.batch or (1,)]
+    pairs = attention.pairs_of(args, session, QUICK, QUICK_ON_CPU, (1,))
     shapes = [Shape(batch, context, min(args.chunk, context)) for batch, context in pairs]
     attention.run(session, "prefill", shapes)
     return session.finish()

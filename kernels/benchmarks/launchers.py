@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.layer import Layer, Requests, Shape
+from mkv_kernels.fused.table import LayerTable
+
+AttentionArguments = tuple[
+    torch.Tensor, torch.Tensor, LayerTable, torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor
+]
 
 
 @dataclass(frozen=True)
@@ -27,43 +32,24 @@ def decode(
     num_splits = choose_splits(layer.table, shape.batch, shape.context, num_processors)
     workspace = DecodeWorkspace.make(layer.table, shape.num_tokens, layer.num_heads, num_splits)
     output = layer.new_output(shape.num_tokens)
-
-    def run() -> None:
-        decode(
-            query,
-            cache,
-            layer.table,
-            requests.block_table,
-            requests.seq_lens,
-            requests.query_start_loc,
-            layer.setting.scale,
-            output,
-            workspace,
-            max_queries=shape.queries,
-            num_splits=num_splits,
-        )
-
-    return Launch(run, output)
+    arguments = _attention_arguments(layer, requests, query, cache, output)
+    return Launch(lambda: decode(*arguments, workspace, max_queries=shape.queries, num_splits=num_splits), output)
 
 
 def prefill(layer: Layer, shape: Shape, requests: Requests, query: torch.Tensor, cache: torch.Tensor) -> Launch:
     from mkv_kernels.fused.prefill import prefill
 
     output = layer.new_output(shape.num_tokens)
+    arguments = _attention_arguments(layer, requests, query, cache, output)
+    return Launch(lambda: prefill(*arguments), output)
 
-    def run() -> None:
-        prefill(
-            query,
-            cache,
-            layer.table,
-            requests.block_table,
-            requests.seq_lens,
-            requests.query_start_loc,
-            layer.setting.scale,
-            output,
-        )
 
-    return Launch(run, output)
+def _attention_arguments(
+    layer: Layer, requests: Requests, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
+) -> AttentionArguments:
+    """What decode and prefill both take, in order."""
+    step = (requests.block_table, requests.seq_lens, requests.query_start_loc)
+    return (query, cache, layer.table, *step, layer.setting.scale, output)
 
 
 def store(layer: Layer, inputs: tuple[torch.Tensor, ...], slots: torch.Tensor, cache: torch.Tensor) -> Launch:

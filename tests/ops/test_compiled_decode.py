@@ -129,3 +129,10 @@ def test_dtypes_without_kernels_are_refused(make_layer):
     layer = make_layer(("16x4", "16x4"))
     with pytest.raises(NotImplementedError, match="float64"):
         decode.LayerDecode(layer.bases, SCALE, layer.num_heads, torch.float64, decode.DecodeScratch())
+
+
+def test_leaves_modules_open_to_inspection():
+    """Else no vLLM engine could start in this process any more: see the package."""
+    from llvmlite.binding import ffi
+
+    assert vars(ffi.lib) == {}

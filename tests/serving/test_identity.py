@@ -85,10 +85,10 @@ class Stored:
     """What the engine's pages hold of each layer's tokens after a prefill: coordinates of keys and of values."""
 
     def __init__(self, monkeypatch) -> None:
-        from vllm_mkv.serving import torch_attention
+        from vllm_mkv.serving import cpu_attention
 
         self.layers: list[tuple] = []
-        store = torch_attention.project_and_store
+        store = cpu_attention.project_and_store
 
         def recording(query, key, value, pages, bases, slots, tokens):
             projected = store(query, key, value, pages, bases, slots, tokens)
@@ -96,7 +96,7 @@ class Stored:
                 self.layers.append(tuple(self.read(pages, bases, slots, side) for side in ("key", "value")))
             return projected
 
-        monkeypatch.setattr(torch_attention, "project_and_store", recording)
+        monkeypatch.setattr(cpu_attention, "project_and_store", recording)
 
     @staticmethod
     def read(pages, bases, slots, side):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,15 +15,14 @@ import torch
 
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.evaluation.latency import draw_latency, latency_row, refused_row
-from vllm_mkv.evaluation.output import check_drawing, check_file, write_whole
-from vllm_mkv.evaluation.subject import Subject
+from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
+from vllm_mkv.evaluation.subject import ALLOCATIONS, Subject
 from vllm_mkv.evaluation.synthetic import ModelShape, random_adapter
 from vllm_mkv.evaluation.timing import Cache, Schedule, Start, Stepper, Timings, time_caches
-from vllm_mkv.fit.calibrate import DEFAULT_CONTEXT, cache_shape
-from vllm_mkv.fit.model import DTYPES
+from vllm_mkv.fit.calibrate import cache_shape, longest_context
+from vllm_mkv.fit.model import DTYPES, dtype_name
 
-ALLOCATIONS = ("path", "uniform")
-KERNELS = ("auto", "triton", "torch")
+KERNELS = ("auto", "triton", "numba", "torch")
 BLOCK_SIZE = 16
 """Tokens per page to reckon with before an engine has chosen them."""
 
@@ -91,7 +89,7 @@ def benchmark(
         )
         schedule = Schedule.make(
             contexts,
-            positions(subject),
+            longest_context(subject.source.config),
             batch=batch,
             output_len=output_len,
             repeats=repeats,
@@ -123,7 +121,7 @@ def benchmark(
             "rows": latency_rows(caches, timings, batch),
         }
     if json_file is not None:
-        write_whole(json_file, f"{json.dumps(found, indent=2)}\n".encode())
+        write_json(json_file, found)
     if plot is not None:
         draw_latency(found, plot)
     return found
@@ -150,16 +148,6 @@ def _check(
         check_drawing(plot)
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed, and is what is timed; install vllm-mkv[cuda] or vllm-mkv[cpu]")
-
-
-def positions(subject: Subject) -> int:
-    """Tokens of a request that the model takes."""
-    text = subject.source.config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def with_adapter(

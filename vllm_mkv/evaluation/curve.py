@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from vllm_mkv.evaluation.output import check_drawing, write_whole
+from vllm_mkv.evaluation.output import check_drawing, write_drawing
 
 LEAST_KL = 1e-6
 """What is below is rounding, and would stretch the logarithmic axis: it is drawn here."""
@@ -25,7 +24,6 @@ def draw_curve(evaluation: dict[str, Any], file: str | Path) -> None:
         ValueError: the file's type is not one that matplotlib writes, its folder does not exist, or there is nothing to
             draw beside the full model.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_drawing(file)
@@ -33,7 +31,6 @@ def draw_curve(evaluation: dict[str, Any], file: str | Path) -> None:
     if not rows:
         raise ValueError("there is nothing to draw beside the full model; give --budgets or --against")
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     points = sorted((row["bytes_per_token"], max(row["kl"], LEAST_KL), row["name"]) for row in rows)
     ours = [(used, kl) for used, kl, name in points if name == "mkv"]
@@ -63,6 +60,4 @@ def draw_curve(evaluation: dict[str, Any], file: str | Path) -> None:
     share.set_xlabel("budget: share of the model's own cache")
     axes.grid(alpha=0.3)
     axes.legend()
-    drawn = BytesIO()
-    figure.savefig(drawn, format=Path(file).suffix.lower().removeprefix("."), dpi=150)
-    write_whole(file, drawn.getvalue())
+    write_drawing(file, figure)

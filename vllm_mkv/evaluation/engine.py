@@ -20,7 +20,7 @@ from vllm_mkv.allocation import Allocation, AllocationPath
 from vllm_mkv.evaluation.quality import Sums, quality_row
 from vllm_mkv.evaluation.subject import Subject
 from vllm_mkv.fit.calibrate import cache_shape
-from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.model import Source, dtype_name
 
 BLOCK_SIZE = 16
 """Tokens per page of the MKV engine: those that bytes per token are reckoned with everywhere."""
@@ -95,7 +95,7 @@ def engine_scores(source: Source, windows: np.ndarray, dtype: torch.dtype) -> Sc
         return log_probabilities(
             source.name,
             windows,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             cache_bytes_per_token=shape.stock_bytes_per_token(dtype.itemsize),
             mkv=mkv,
             block_size=None if mkv is None else BLOCK_SIZE,

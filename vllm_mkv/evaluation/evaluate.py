@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ from rich.table import Table
 
 from vllm_mkv.evaluation.curve import draw_curve, title
 from vllm_mkv.evaluation.engine import check_engine, measure_engine
-from vllm_mkv.evaluation.output import check_drawing, check_file, write_whole
+from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.evaluation.rivals import rival_caches
-from vllm_mkv.evaluation.subject import Subject
+from vllm_mkv.evaluation.subject import ALLOCATIONS, Subject
 from vllm_mkv.fit.calibrate import choose_context
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import DTYPES
 
 ENGINES = ("transformers", "vllm")
-ALLOCATIONS = ("path", "uniform")
 DEFAULT_WINDOWS = 64
 
 
@@ -100,7 +98,7 @@ def evaluate(
         "rows": rows,
     }
     if json_file is not None:
-        write_whole(json_file, f"{json.dumps(found, indent=2)}\n".encode())
+        write_json(json_file, found)
     if plot is not None:
         draw_curve(found, plot)
     return found

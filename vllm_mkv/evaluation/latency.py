@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mkv.evaluation.output import check_drawing, write_whole
+from vllm_mkv.evaluation.output import check_drawing, write_drawing
 
 NOISY = 0.1
 """Spread of repeats above which a benchmark says so."""
@@ -187,12 +186,10 @@ def draw_latency(found: Mapping[str, Any], file: str | Path) -> None:
     Raises:
         ValueError: the file's type is not one that matplotlib writes, or its folder does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_drawing(file)
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for row in found["rows"]:
         if row["refused"] is not None:
@@ -212,6 +209,4 @@ def draw_latency(found: Mapping[str, Any], file: str | Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    stream = BytesIO()
-    figure.savefig(stream, format=Path(file).suffix.lower().removeprefix("."), dpi=150)
-    write_whole(file, stream.getvalue())
+    write_drawing(file, figure)

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_file(file: str | Path) -> None:
@@ -28,6 +34,18 @@ def check_drawing(file: str | Path) -> None:
     if Path(file).suffix.lower().removeprefix(".") not in kinds:
         raise ValueError(f"cannot draw to {file}; name a file that ends in .png, .pdf or .svg")
     check_file(file)
+
+
+def write_drawing(file: str | Path, figure: Figure) -> None:
+    """Writes a figure as `write_whole` does, in the format that the name ends in."""
+    stream = BytesIO()
+    figure.savefig(stream, format=Path(file).suffix.lower().removeprefix("."), dpi=150)
+    write_whole(file, stream.getvalue())
+
+
+def write_json(file: str | Path, found: dict[str, Any]) -> None:
+    """Writes figures as `write_whole` does."""
+    write_whole(file, f"{json.dumps(found, indent=2)}\n".encode())
 
 
 def write_whole(file: str | Path, data: bytes) -> None:

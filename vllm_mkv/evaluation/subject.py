@@ -12,6 +12,9 @@ from vllm_mkv.allocation import Allocation, AllocationPath
 from vllm_mkv.fit.calibrate import cache_shape
 from vllm_mkv.fit.model import Source
 
+ALLOCATIONS = ("path", "uniform")
+"""What `Subject.path` knows."""
+
 
 @dataclass(frozen=True)
 class Subject:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mkv_kernels.layout import BLOCK, KEY, VALUE, WIDTHS, BlockWidths, rank_of
 from vllm_mkv.allocation import Allocation
-from vllm_mkv.evaluation.output import check_drawing
+from vllm_mkv.evaluation.output import check_drawing, write_drawing
 
 SIDES = {KEY: "key", VALUE: "value"}
 ASCENDING = sorted(WIDTHS)
@@ -124,7 +124,7 @@ def draw_widths(allocation: Allocation, title: str, file: str | Path) -> None:
     bar.minorticks_off()
     bar.ax.set_yticklabels([str(width) for width in ASCENDING])
     figure.suptitle(title)
-    figure.savefig(file, dpi=150)
+    write_drawing(file, figure)
 
 
 def ticks(count: int, most: int) -> list[int]:

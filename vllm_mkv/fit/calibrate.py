@@ -23,7 +23,7 @@ from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.attention import attention_layers, intercepted
 from vllm_mkv.fit.bases import BASES, output_metric, whitened
 from vllm_mkv.fit.data import batches, split_windows, token_windows
-from vllm_mkv.fit.model import Source, choose_group_heads
+from vllm_mkv.fit.model import Source, choose_group_heads, dtype_name
 from vllm_mkv.fit.statistics import Statistics
 
 TOKENS_PER_BATCH = 8192
@@ -151,7 +151,7 @@ def how_made(
         "tokens": windows.size,
         "context": windows.shape[1],
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
     }
 
 
@@ -213,9 +213,14 @@ def cache_shape(fingerprint: ModelFingerprint, group_heads: int) -> CacheShape:
     )
 
 
+def longest_context(config: Any) -> int:
+    """Tokens that the model takes, as far as its configuration says."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_CONTEXT
+
+
 def choose_context(config: Any, context: int | None) -> int:
     """Tokens per window. Raises ValueError where the model's positions do not reach that far."""
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    longest = longest_context(config)
     if context is None:
         return min(DEFAULT_CONTEXT, longest)
     if context > longest:

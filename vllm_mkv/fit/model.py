@@ -18,6 +18,11 @@ MAX_QUERY_HEADS = 16
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `DTYPES` and vLLM have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model on disk or on the Hub.

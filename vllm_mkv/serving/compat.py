@@ -248,11 +248,11 @@ def plain_linear_children(parent: nn.Module) -> tuple[Any, Any]:
     return only(QKVParallelLinear), only(RowParallelLinear)
 
 
-def kernels(option: str) -> str:
-    """ "triton" or "torch", from the option of that name.
+def kernels(option: str, dtype: torch.dtype) -> str:
+    """ "triton", "numba" or "torch", from the option of that name.
 
     Raises:
-        NotImplementedError: Triton is asked for where it cannot run.
+        NotImplementedError: Triton or numba is asked for where it cannot run.
     """
     from vllm.platforms import current_platform
 
@@ -262,7 +262,23 @@ def kernels(option: str) -> str:
         raise NotImplementedError(
             "Triton kernels need a GPU; leave the mkv option kernels at auto, or set TRITON_INTERPRET=1 to debug them"
         )
-    return ("triton" if on_gpu else "torch") if option == "auto" else option
+    if option == "triton" or (option == "auto" and on_gpu):
+        return "triton"
+    if option == "torch":
+        return option
+    reason = "they are for CPUs" if on_gpu else without_numba(dtype)
+    if option == "numba" and reason:
+        raise NotImplementedError(f"numba kernels cannot run: {reason}; leave the mkv option kernels at auto")
+    return "torch" if reason else "numba"
+
+
+def without_numba(dtype: torch.dtype) -> str | None:
+    """Why numba's kernels cannot serve this CPU; None where they can."""
+    try:
+        from mkv_kernels.compiled.decode import unsupported
+    except ImportError as error:
+        return str(error)
+    return unsupported(dtype)
 
 
 def num_processors(device: torch.device) -> int:
@@ -283,34 +299,35 @@ def max_decode_queries(vllm_config: VllmConfig) -> int:
     return max_decode_query_len(vllm_config)
 
 
-def shared_workspace(device: torch.device, *sizes: tuple[int, torch.dtype]) -> list[torch.Tensor]:
-    """Flat tensors of so many numbers each, out of the memory that vLLM's backends share.
-
-    Private: the workspace manager, which the CPU's runner does not make.
-    """
-    import torch
+def _workspace_manager() -> Any:
+    """vLLM's, or None: the CPU's runner makes none. Private: vllm.v1.worker.workspace."""
     from vllm.v1.worker import workspace
 
-    if workspace.is_workspace_manager_initialized():
-        return workspace.current_workspace_manager().get_simultaneous(*(((size,), dtype) for size, dtype in sizes))
+    return workspace.current_workspace_manager() if workspace.is_workspace_manager_initialized() else None
+
+
+def shared_workspace(device: torch.device, *sizes: tuple[int, torch.dtype]) -> list[torch.Tensor]:
+    """Flat tensors of so many numbers each, out of the memory that vLLM's backends share."""
+    import torch
+
+    if (manager := _workspace_manager()) is not None:
+        return manager.get_simultaneous(*(((size,), dtype) for size, dtype in sizes))
     return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes]
 
 
 def zeroed_workspace(device: torch.device, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor that nobody else writes, zero when it is made. Private: as `shared_workspace`."""
+    """A flat tensor that nobody else writes, zero when it is made."""
     import torch
-    from vllm.v1.worker import workspace
 
-    if workspace.is_workspace_manager_initialized():
-        return workspace.current_workspace_manager().get_persistent(name, (size,), dtype, zero_init=True)
+    if (manager := _workspace_manager()) is not None:
+        return manager.get_persistent(name, (size,), dtype, zero_init=True)
     return torch.zeros(size, dtype=dtype, device=device)
 
 
 def workspace_is_final() -> bool:
-    """Whether what `shared_workspace` gave stays where it is. Private: as `shared_workspace`."""
-    from vllm.v1.worker import workspace
-
-    return not workspace.is_workspace_manager_initialized() or workspace.current_workspace_manager().is_locked()
+    """Whether what `shared_workspace` gave stays where it is."""
+    manager = _workspace_manager()
+    return manager is None or manager.is_locked()
 
 
 def memo_on_step(step: Any, build: Callable[[], Any]) -> Any:

@@ -22,9 +22,9 @@ from vllm_mkv.allocation import split_groups
 from vllm_mkv.serving import compat, fold
 from vllm_mkv.serving.attention import MKVAttentionImpl
 from vllm_mkv.serving.configure import configure
+from vllm_mkv.serving.cpu_attention import CPUAttention
 from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
-from vllm_mkv.serving.torch_attention import TorchAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
     # With LoRA, deltas computed from the model's own weights are added behind every projection.
     may_fold = may_fold and vllm_config.lora_config is None
-    make_attention = _attention_maker(vllm_config, next(iter(layers.values())))
+    make_attention = _attention_maker(vllm_config, plan, next(iter(layers.values())))
     folded = [0, 0]
     for name, layer in layers.items():
         index = compat.layer_index(name)
@@ -109,16 +109,36 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
 
 
-def _attention_maker(vllm_config: VllmConfig, layer: Attention) -> Callable[[LayerBases, Attention], LayerAttention]:
+def _attention_maker(
+    vllm_config: VllmConfig, plan: ServingPlan, layer: Attention
+) -> Callable[[LayerBases, Attention], LayerAttention]:
     """What makes a layer's kernels from its bases; `layer` is any of them."""
-    if compat.kernels(MKVOptions.of(vllm_config).kernels) == "torch":
-        return lambda bases, layer: TorchAttention(bases, layer.impl.scale)
+    if plan.kernels == "torch":
+        reason = compat.without_numba(vllm_config.model_config.dtype)
+        if reason and MKVOptions.of(vllm_config).kernels == "auto":
+            logger.warning("MKV: PyTorch serves, slower than the compiled kernels, which cannot run: %s", reason)
+        return lambda bases, layer: CPUAttention(bases, layer.impl.scale)
+    if plan.kernels == "numba":
+        return _compiled_attention_maker(vllm_config.model_config.dtype)
     from vllm_mkv.serving.triton_attention import TritonAttention
     from vllm_mkv.serving.workspace import StepLimits, Workspace
 
     device = next(iter(layer.buffers())).device
     workspace = Workspace(StepLimits.of(vllm_config, device), vllm_config.model_config.dtype, device)
     return lambda bases, layer: TritonAttention(bases, layer.impl.scale, layer.num_heads, workspace)
+
+
+def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Attention], LayerAttention]:
+    from mkv_kernels.compiled.decode import DecodeScratch, LayerDecode
+
+    logger.info("MKV: compiling CPU kernels; takes seconds, once per machine")
+    scratch = DecodeScratch()
+
+    def make(bases: LayerBases, layer: Attention) -> LayerAttention:
+        scale = layer.impl.scale
+        return CPUAttention(bases, scale, LayerDecode(bases, scale, layer.num_heads, dtype, scratch))
+
+    return make
 
 
 def _adapt_layer(

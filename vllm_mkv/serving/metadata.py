@@ -10,21 +10,29 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from mkv_kernels.schedule import Bucket, make_buckets
+from mkv_kernels.schedule import Bucket, Decodes, make_buckets, split_decodes
 from vllm_mkv.serving import compat
 from vllm_mkv.serving.options import MKVOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+COMPILED_QUERIES = 4
+"""Of a request, at most, for which numba's kernel attends. It reads the cache once for each."""
+
 
 @dataclass(frozen=True)
-class TorchMetadata:
-    """Shapes: slots [S] int64, none negative; tokens [S] int64, or None where token i goes to slot i."""
+class CPUMetadata:
+    """Shapes: slots [S] int64, none negative; tokens [S] int64, or None where token i goes to slot i.
+
+    decodes: what the compiled kernel attends for; None where there is none, or it is not used.
+    buckets: of the other requests.
+    """
 
     num_actual_tokens: int
     slots: torch.Tensor
     tokens: torch.Tensor | None
+    decodes: Decodes | None
     buckets: list[Bucket]
 
 
@@ -62,19 +70,23 @@ class TritonMetadata:
     max_seq_len: int
 
 
-MKVMetadata = TorchMetadata | TritonMetadata
+MKVMetadata = CPUMetadata | TritonMetadata
+
+
+def kernels_of(vllm_config: VllmConfig) -> str:
+    return compat.kernels(MKVOptions.of(vllm_config).kernels, vllm_config.model_config.dtype)
 
 
 class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
-    """With Triton, from shapes alone, nothing is waited for; PyTorch needs the lengths on the host."""
+    """With Triton, from shapes alone, nothing is waited for; the others need the lengths on the host."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
         self.dtype = vllm_config.model_config.dtype
-        self.triton = compat.kernels(MKVOptions.of(vllm_config).kernels) == "triton"
+        self.kernels = kernels_of(vllm_config)
         self.max_model_len = vllm_config.model_config.max_model_len
-        if self.triton:
+        if self.kernels == "triton":
             from vllm_mkv.serving.workspace import decode_queries
 
             # vLLM's runners bring requests of at most so many queries to the front.
@@ -83,7 +95,7 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: object) -> AttentionCGSupport:
         """Steps in which all requests decode, with their speculative tokens where there are few enough."""
-        if compat.kernels(MKVOptions.of(vllm_config).kernels) != "triton":
+        if kernels_of(vllm_config) != "triton":
             return AttentionCGSupport.NEVER
         from vllm_mkv.serving.workspace import decode_queries
 
@@ -104,7 +116,7 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
     def _build(self, step: CommonAttentionMetadata) -> MKVMetadata:
         if step.causal is not True:
             raise NotImplementedError("attention that is not causal; serve this model with another backend")
-        return self._build_triton(step) if self.triton else self._build_torch(step)
+        return self._build_triton(step) if self.kernels == "triton" else self._build_cpu(step)
 
     def _build_triton(self, step: CommonAttentionMetadata) -> TritonMetadata:
         assert self.reorder_batch_threshold is not None
@@ -122,19 +134,19 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
             max_seq_len=step.max_seq_len,
         )
 
-    def _build_torch(self, step: CommonAttentionMetadata) -> TorchMetadata:
+    def _build_cpu(self, step: CommonAttentionMetadata) -> CPUMetadata:
         slots = step.slot_mapping[: step.num_actual_tokens].long()
         kept = slots >= 0
         tokens = None if bool(kept.all()) else kept.nonzero()[:, 0]
-        return TorchMetadata(
+        starts = step.query_start_loc_cpu[: step.num_reqs + 1]
+        lengths, table = step.seq_lens[: step.num_reqs].cpu(), step.block_table_tensor[: step.num_reqs]
+        decodes, others = None, None
+        if self.kernels == "numba":
+            decodes, others = split_decodes(starts, lengths, table, COMPILED_QUERIES)
+        return CPUMetadata(
             num_actual_tokens=step.num_actual_tokens,
             slots=slots if tokens is None else slots[tokens],
             tokens=tokens,
-            buckets=make_buckets(
-                step.query_start_loc_cpu[: step.num_reqs + 1],
-                step.seq_lens[: step.num_reqs].cpu(),
-                step.block_table_tensor[: step.num_reqs],
-                self.block_size,
-                self.dtype,
-            ),
+            decodes=decodes,
+            buckets=make_buckets(starts, lengths, table, self.block_size, self.dtype, requests=others),
         )

@@ -17,7 +17,7 @@ class MKVOptions(BaseModel):
     adapter: folder or Hub repository; without it, the folder `mkv` of the model.
     revision: of the adapter's Hub repository.
     budget: bytes per token as a share of the model's own cache, in (0, 1]; without it, the adapter's default.
-    kernels: "triton" or "torch"; "auto" takes Triton on GPUs and PyTorch on CPUs.
+    kernels: "triton", "numba" or "torch"; "auto" takes Triton on GPUs, and numba on CPUs, or PyTorch where it cannot.
     allocation: "path" replays the adapter's allocation path, "uniform" treats all latent groups alike.
     digest: of the adapter. Set by the plugin, so that vLLM's compile cache and other processes see the same adapter.
     """
@@ -28,7 +28,7 @@ class MKVOptions(BaseModel):
     revision: str | None = None
     budget: Any = None
     allocation: Literal["path", "uniform"] = "path"
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Literal["auto", "triton", "numba", "torch"] = "auto"
     digest: str | None = None
 
     @classmethod

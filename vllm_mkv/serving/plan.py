@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BLOCK_SIZE = 16
 """Tokens per page to reckon with while vLLM has not chosen them yet; only tiers of few bits in tiny pages notice."""
-KERNELS = {"torch": "PyTorch", "triton": "Triton"}
+KERNELS = {"torch": "PyTorch", "numba": "compiled CPU", "triton": "Triton"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ServingPlan:
         num_shards = vllm_config.parallel_config.tensor_parallel_size
         _check_groups(adapter, num_shards)
         allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
-        kernels = compat.kernels(options.kernels)
+        kernels = compat.kernels(options.kernels, model.dtype)
         return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards, kernels)
 
     @property

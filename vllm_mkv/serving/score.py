@@ -57,27 +57,20 @@ def log_probabilities(
         ValueError, NotImplementedError: what the plugin or vLLM refuses, with the mend.
     """
     context = windows.shape[1]
-    settings: dict[str, Any] = {
-        "model": model,
-        "revision": revision,
-        "tokenizer_revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "dtype": dtype,
-        "max_model_len": context,
-        "max_num_seqs": 1,
-        "max_num_batched_tokens": context,
-        "max_logprobs": -1,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 2 * cache_bytes_per_token * (context + SPARE_TOKENS),
-        "gpu_memory_utilization": 0.01,  # not used, but checked: what is free has to be more
-        "use_tqdm_on_load": False,
-        "seed": 0,
-    }
+    settings = measuring_settings(
+        model,
+        dtype=dtype,
+        max_model_len=context,
+        max_num_seqs=1,
+        max_num_batched_tokens=context,
+        cache_bytes=2 * cache_bytes_per_token * (context + SPARE_TOKENS),
+        mkv=mkv,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    settings |= {"max_logprobs": -1, "enforce_eager": True}
     if block_size is not None:
         settings["block_size"] = block_size
-    if mkv is not None:
-        settings |= {"attention_backend": "mkv", "additional_config": {"mkv": mkv}}
     with running_engine(settings) as llm, compat.prompt_logprobs_as_arrays():
         from vllm import SamplingParams
 
@@ -88,6 +81,43 @@ def log_probabilities(
         for window in windows:
             (output,) = llm.generate({"prompt_token_ids": window[:-1].tolist()}, parameters, use_tqdm=False)
             yield all_logprobs(output, llm.model_config.get_vocab_size())
+
+
+def measuring_settings(
+    model: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    cache_bytes: int,
+    mkv: dict[str, Any] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for an engine that is measured: as much cache as is asked for, and no prefix caching.
+
+    Args:
+        mkv: options of the MKV backend; None for vLLM's own attention.
+    """
+    settings: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "tokenizer_revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": cache_bytes,
+        "gpu_memory_utilization": 0.01,  # not used, but checked: what is free has to be more
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if mkv is not None:
+        settings |= {"attention_backend": "mkv", "additional_config": {"mkv": mkv}}
+    return settings
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_mkv.serving.score import ENVIRONMENT, SPARE_TOKENS, running_engine
+from vllm_mkv.serving.score import ENVIRONMENT, SPARE_TOKENS, measuring_settings, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -142,28 +142,24 @@ def running_stepper(
         ValueError, NotImplementedError: what the plugin or vLLM refuses, with the mend.
     """
     tokens = batch * (max_model_len + PAGE) + SPARE_TOKENS
-    settings: dict[str, Any] = {
-        "model": model,
-        "revision": revision,
-        "tokenizer_revision": revision,
-        "trust_remote_code": trust_remote_code,
+    settings = measuring_settings(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=batch,
+        max_num_batched_tokens=tokens_per_step,
+        # A quarter more: a tier of few bits is padded in small pages.
+        cache_bytes=cache_bytes_per_token * tokens * 5 // 4,
+        mkv=mkv,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    settings |= {
         "skip_tokenizer_init": True,
         "load_format": "dummy" if dummy_weights else "auto",
-        "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": batch,
-        "max_num_batched_tokens": tokens_per_step,
         "enforce_eager": eager or on_cpu(),
-        "enable_prefix_caching": False,
-        # A quarter more: a tier of few bits is padded in small pages.
-        "kv_cache_memory_bytes": cache_bytes_per_token * tokens * 5 // 4,
-        "gpu_memory_utilization": 0.01,  # not used, but checked: what is free has to be more
-        "use_tqdm_on_load": False,
-        "seed": 0,
     }
-    if mkv is not None:
-        settings |= {"attention_backend": "mkv", "additional_config": {"mkv": mkv}}
     with running_engine(settings) as llm:
         yield Stepper(llm)
 

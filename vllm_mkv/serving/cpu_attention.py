@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's step in PyTorch: what runs on CPUs, and the reference of the Triton kernels."""
+"""One layer's step on a CPU: in PyTorch, the reference of all other kernels, or where it decodes, in numba."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     import torch
 
     from mkv_kernels.bases import LayerBases
-    from vllm_mkv.serving.metadata import TorchMetadata
+    from mkv_kernels.compiled.decode import LayerDecode
+    from vllm_mkv.serving.metadata import CPUMetadata
 
 
-class TorchAttention:
-    def __init__(self, bases: LayerBases, scale: float) -> None:
-        self.bases, self.scale = bases, scale
+class CPUAttention:
+    def __init__(self, bases: LayerBases, scale: float, decode: LayerDecode | None = None) -> None:
+        """`decode` attends for the requests that the step's metadata name so."""
+        self.bases, self.scale, self.decode = bases, scale, decode
         self._pages: tuple[RunPages, ...] = ()
         self._pages_of: torch.Tensor | None = None
 
@@ -31,7 +33,7 @@ class TorchAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        step: TorchMetadata,
+        step: CPUMetadata,
         output: torch.Tensor,
     ) -> None:
         """Stores the step's tokens and attends; shapes as in `MKVAttentionImpl.forward`."""
@@ -41,4 +43,7 @@ class TorchAttention:
         projected = project_and_store(
             query[tokens], key[tokens], value[tokens], self._pages, self.bases, step.slots, step.tokens
         )
+        if step.decodes is not None:
+            assert self.decode is not None
+            self.decode(projected, kv_cache, step.decodes, output[tokens])
         attend(projected, self._pages, self.bases, step.buckets, self.scale, output[tokens])
