@@ -35,6 +35,7 @@ from benchmarks.layer import Layer, Requests, Setting, Shape
 from benchmarks.verify import check_attention
 from mkv_kernels.attend import attend
 from mkv_kernels.compiled.decode import DecodeScratch, LayerDecode, kind_of
+from mkv_kernels.compiled.store import LayerStore, StoreScratch
 from mkv_kernels.compiled.vector import BFLOAT16, PAIRS
 from mkv_kernels.pages import view_pages
 from mkv_kernels.schedule import make_buckets, split_decodes
@@ -134,10 +135,11 @@ def mkv_runs(name: str, layer: Layer, shape: Shape, rows: list[dict[str, Any]]) 
     q, k, v, _ = layer.new_inputs(shape.batch)
     slots = table.block_table[:, -1].long() * setting.block_size + setting.block_size - 1
 
-    def whole() -> None:
-        kernels["compiled"](project_and_store(q, k, v, pages, layer.bases, slots, None), cache, decodes, output)
-
-    runs["compiled, layer"] = whole
+    store = LayerStore(layer.bases, layer.num_heads, setting.dtype, StoreScratch())
+    runs["compiled, layer"] = lambda: kernels["compiled"](store(q, k, v, cache, slots), cache, decodes, output)
+    runs["twin's store, layer"] = lambda: kernels["compiled"](
+        project_and_store(q, k, v, pages, layer.bases, slots, None), cache, decodes, output
+    )
     return runs
 
 

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
     from mkv_kernels.bases import LayerBases
     from mkv_kernels.compiled.decode import LayerDecode
+    from mkv_kernels.compiled.store import LayerStore
     from vllm_mkv.serving.metadata import CPUMetadata
 
 
 class CPUAttention:
-    def __init__(self, bases: LayerBases, scale: float, decode: LayerDecode | None = None) -> None:
-        """`decode` attends for the requests that the step's metadata name so."""
-        self.bases, self.scale, self.decode = bases, scale, decode
+    def __init__(self, bases: LayerBases, scale: float, compiled: tuple[LayerStore, LayerDecode] | None = None) -> None:
+        """`compiled` stores where all requests decode, and attends for those that the step's metadata name so."""
+        self.bases, self.scale, self.compiled = bases, scale, compiled
         self._pages: tuple[RunPages, ...] = ()
         self._pages_of: torch.Tensor | None = None
 
@@ -40,10 +41,13 @@ class CPUAttention:
         if self._pages_of is not kv_cache:
             self._pages, self._pages_of = view_pages(kv_cache, self.bases.layout), kv_cache
         tokens = slice(step.num_actual_tokens)
-        projected = project_and_store(
-            query[tokens], key[tokens], value[tokens], self._pages, self.bases, step.slots, step.tokens
-        )
+        query, key, value, output = query[tokens], key[tokens], value[tokens], output[tokens]
+        if step.only_decodes:
+            assert self.compiled is not None
+            projected = self.compiled[0](query, key, value, kv_cache, step.slots)
+        else:  # of many tokens, matrix products are faster
+            projected = project_and_store(query, key, value, self._pages, self.bases, step.slots, step.tokens)
         if step.decodes is not None:
-            assert self.decode is not None
-            self.decode(projected, kv_cache, step.decodes, output[tokens])
-        attend(projected, self._pages, self.bases, step.buckets, self.scale, output[tokens])
+            assert self.compiled is not None
+            self.compiled[1](projected, kv_cache, step.decodes, output)
+        attend(projected, self._pages, self.bases, step.buckets, self.scale, output)

@@ -130,13 +130,15 @@ def _attention_maker(
 
 def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Attention], LayerAttention]:
     from mkv_kernels.compiled.decode import DecodeScratch, LayerDecode
+    from mkv_kernels.compiled.store import LayerStore, StoreScratch
 
     logger.info("MKV: compiling CPU kernels; takes seconds, once per machine")
-    scratch = DecodeScratch()
+    store_scratch, decode_scratch = StoreScratch(), DecodeScratch()
 
     def make(bases: LayerBases, layer: Attention) -> LayerAttention:
-        scale = layer.impl.scale
-        return CPUAttention(bases, scale, LayerDecode(bases, scale, layer.num_heads, dtype, scratch))
+        scale, num_heads = layer.impl.scale, layer.num_heads
+        store = LayerStore(bases, num_heads, dtype, store_scratch)
+        return CPUAttention(bases, scale, (store, LayerDecode(bases, scale, num_heads, dtype, decode_scratch)))
 
     return make
 

@@ -35,6 +35,11 @@ class CPUMetadata:
     decodes: Decodes | None
     buckets: list[Bucket]
 
+    @property
+    def only_decodes(self) -> bool:
+        """And every token has a slot."""
+        return self.decodes is not None and not self.buckets and self.tokens is None
+
 
 @dataclass(frozen=True)
 class Requests:

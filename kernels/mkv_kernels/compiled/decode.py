@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +12,7 @@ from llvmlite import binding
 from mkv_kernels.bases import LayerBases
 from mkv_kernels.codes import scale_values
 from mkv_kernels.compiled.chunk import CHUNK
+from mkv_kernels.compiled.entry import parallel, run_on_threads
 from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT
 from mkv_kernels.compiled.worker import GROUP, STEP, compile_worker, scratch_bytes
 from mkv_kernels.layout import SideLayout
@@ -26,21 +24,6 @@ ROWS = 4
 TASKS_PER_THREAD = 4
 """So many at least where contexts are long: groups differ in bytes, and cores in what else they do."""
 LEAST_SPLIT = 4 * CHUNK
-
-
-@cache
-def parallel() -> Callable[[int, int, int, int], None] | None:
-    """The function that starts OpenMP's threads, of the library that PyTorch runs on; None where it has none.
-
-    PyTorch's own threads, bound to cores as vLLM binds them, rather than a second pool beside them.
-    """
-    try:
-        start = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    start.restype = None
-    return start
 
 
 def kind_of(dtype: torch.dtype) -> int:
@@ -61,7 +44,8 @@ def unsupported(dtype: torch.dtype) -> str | None:
     return None
 
 
-def _side_fields(side: SideLayout) -> list[int]:
+def side_fields(side: SideLayout) -> list[int]:
+    """See `tile.SIDE_FIELDS`."""
     tiers = {region.width: (region.offset, region.size * region.width // 8) for region in side.regions}
     exact = tiers.get(16, (0, 0))[0], side.exact
     coded = [number for width in (8, 4, 2) for number in tiers.get(width, (0, 0))]
@@ -120,7 +104,7 @@ class LayerDecode:
         self._scales = scale_values(torch.arange(256, dtype=torch.uint8))
         self._factor = torch.tensor([scale / math.log(2)], dtype=torch.float32)
         self._fill_table()
-        self._queries = torch.empty(self.num_groups, 2, dtype=torch.int64)
+        self._queries = np.empty((self.num_groups, 2), dtype=np.int64)
         self.worker = compile_worker(self.kind, self.rows)
 
     def _fill_table(self) -> None:
@@ -135,7 +119,7 @@ class LayerDecode:
         for run in self.bases.runs:
             for place, g in enumerate(run.run.groups):
                 row, layout = self._table[g], self.bases.layout.groups[g]
-                row["key"], row["value"] = _side_fields(layout.key), _side_fields(layout.value)
+                row["key"], row["value"] = side_fields(layout.key), side_fields(layout.value)
                 row["key_units"], row["value_units"] = _num_units(layout.key), _num_units(layout.value)
                 row["rank_k"], row["rank_v"] = layout.key.rank, layout.value.rank
                 row["up"] = 0 if run.value_up is None else address(run.value_up[place])
@@ -158,13 +142,11 @@ class LayerDecode:
         assert output.is_contiguous() or output[0].is_contiguous()
         assert decodes.block_table.dtype == torch.int32 and decodes.block_table.stride(1) == 1
         itemsize, layout, num_queries = self.dtype.itemsize, self.bases.layout, len(decodes.tokens)
-        query = tuple(q.contiguous() for q in query)
+        query = tuple(q if q[0, 0].is_contiguous() else q.contiguous() for q in query)
         for q, run in zip(query, self.bases.runs, strict=True):
             assert q.dtype == self.dtype
-            rows_bytes = self.num_rows * run.rank_k * itemsize
             for place, g in enumerate(run.run.groups):
-                self._queries[g, 0] = q.data_ptr() + place * rows_bytes
-                self._queries[g, 1] = len(run.run.groups) * rows_bytes
+                self._queries[g] = q.data_ptr() + place * q.stride(1) * itemsize, q.stride(0) * itemsize
         threads = torch.get_num_threads()
         pairs = num_queries * self.num_groups
         splits = min(-(-TASKS_PER_THREAD * threads // pairs), max(1, decodes.max_length // LEAST_SPLIT))
@@ -187,7 +169,7 @@ class LayerDecode:
                 splits,
                 split,
                 self._table.ctypes.data,
-                self._queries.data_ptr(),
+                self._queries.ctypes.data,
                 decodes.requests.data_ptr(),
                 decodes.tokens.data_ptr(),
                 decodes.lengths.data_ptr(),
@@ -209,7 +191,4 @@ class LayerDecode:
             ),
             STEP,
         )
-        start = parallel()
-        assert start is not None
-        # All threads, even where tasks are fewer: a team of another size is made anew, and PyTorch's next one again.
-        start(self.worker.address, step.ctypes.data, threads, 0)
+        run_on_threads(self.worker, step)

@@ -10,14 +10,12 @@ group combines all of them and multiplies by D. Rows are the query heads of the 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, types
+from numba import carray, from_dtype
 
 from mkv_kernels.compiled.chunk import (
     CHUNK,
@@ -32,15 +30,11 @@ from mkv_kernels.compiled.chunk import (
     weigh_values,
     write_output,
 )
+from mkv_kernels.compiled.entry import compile_entry, record, sources
 from mkv_kernels.compiled.tile import SIDE_FIELDS, TOKENS, fetch_add, floats, int64s, lengths, operand_bytes, pointer_to
 from mkv_kernels.compiled.vector import ITEMSIZE, LANES, PAIRS, UNIT, code_factor
 
-
-def _record(*names: str) -> np.dtype:
-    return np.dtype([(name, np.int64) for name in names])
-
-
-STEP = _record(
+STEP = record(
     "counters",  # [2 + queries * groups] zeros: threads that came, tasks that were taken, stretches that are done
     "num_queries",
     "num_groups",
@@ -83,10 +77,9 @@ GROUP = np.dtype(
 )
 """A latent group; its sides are `tile.SIDE_FIELDS`."""
 
-_STEP, _GROUP = from_dtype(STEP), from_dtype(GROUP)
 _GROUP_BYTES = GROUP.itemsize
 _VALUE_BYTES = 8 * SIDE_FIELDS
-_groups_at = pointer_to(_GROUP)
+_groups_at = pointer_to(from_dtype(GROUP))
 
 
 def scratch_bytes(kind: int, num_tiled_rows: int, key_units: int, value_units: int) -> int:
@@ -98,28 +91,19 @@ def scratch_bytes(kind: int, num_tiled_rows: int, key_units: int, value_units: i
 @cache
 def compile_worker(kind: int, rows: int) -> Any:
     """A C function of the address of a `STEP`, for numbers of a kind and tiles of so many rows."""
-    worker = _make_worker(kind, rows)
-    signature = types.void(types.CPointer(_STEP))
-    try:
-        return cfunc(signature, cache=True)(worker)
-    except RuntimeError as error:
-        # Neither this folder nor the user's cache can be written: every process compiles for itself.
-        if "cannot cache function" not in str(error):
-            raise
-        return cfunc(signature)(worker)
+    return compile_entry(_make_worker(kind, rows), STEP)
 
 
 def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
     # The first two are known when code is compiled, and part of the key of what numba caches, as the others are.
     kind_, rows_ = lengths(kind), lengths(rows)
     itemsize, unit_bytes, pairs = ITEMSIZE[kind], operand_bytes(kind), kind == PAIRS
-    # numba's cache knows this file's date alone; what its functions call is part of the key through this number.
-    sources = zlib.crc32(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    own_sources = sources()
     odd_4, odd_2 = 1 / code_factor(kind, 4), 1 / code_factor(kind, 2)
 
     def worker(steps: Any) -> None:
         step = carray(steps, 1)[0]
-        if sources < 0:  # never
+        if own_sources < 0:  # never
             return
         tiled = (step.num_rows + rows - 1) // rows * rows
         q_at = step.scratch + fetch_add(step.counters) * step.scratch_stride

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store kernel against its twin: q', and every byte of the pages."""
+"""The store kernels, Triton's and the compiled one of CPUs, against their twin: q', and every byte of the pages."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def some_slots(layer, T):
     return slots.to(layer.memory.device)
 
 
+def run_compiled(layer, q, k, v, slots):
+    from mkv_kernels.compiled.store import LayerStore, StoreScratch
+
+    store = LayerStore(layer.bases, layer.num_heads, layer.dtype, StoreScratch())
+    projected = torch.empty(len(q), layer.G, layer.J, layer.M, layer.table.rank_k, dtype=layer.dtype)
+    for run_bases, found in zip(layer.bases.runs, store(q, k, v, layer.cache, slots), strict=True):
+        projected[:, list(run_bases.run.groups), ..., : run_bases.rank_k] = found
+    return projected
+
+
 def run(layer, q, k, v, slots, workspace=None):
     T = len(q)
     shape = (T, layer.G, layer.J, layer.M, layer.table.rank_k + 16)
@@ -45,14 +55,19 @@ def run_twin(layer, q, k, v, slots):
     return twin(q, k, v, view_pages(layer.cache, layer.layout), layer.bases, slots[kept], kept)
 
 
-def check(layer, T):
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the fixtures are on the GPU")
+KERNELS = [run, pytest.param(run_compiled, marks=ON_CPU)]
+both = pytest.mark.parametrize("store", KERNELS, ids=["triton", "compiled"])
+
+
+def check(layer, T, store):
     """q' errs at most twice as much as the twin's; so do stored coordinates, but for codes at the edge of a level."""
     q, k, v = inputs(layer, T)
     slots = some_slots(layer, T)
     queries = run_twin(layer, q, k, v, slots)
     stored = layer.memory.clone()
     layer.poison()
-    projected = run(layer, q, k, v, slots)
+    projected = store(layer, q, k, v, slots)
     eps = torch.finfo(layer.dtype).eps
     kept = (slots >= 0).nonzero()[:, 0]
     block, offset = slots[kept] // layer.layout.block_size, slots[kept] % layer.layout.block_size
@@ -105,31 +120,35 @@ SHAPES = {
 }
 
 
+@both
 @pytest.mark.parametrize("shape", SHAPES)
-def test_store_writes_what_its_twin_does(make_layer, shape):
+def test_writes_what_the_twin_does(make_layer, shape, store):
     groups, settings, T = SHAPES[shape]
-    check(make_layer(*groups, **settings), T)
+    check(make_layer(*groups, **settings), T, store)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter's bfloat16 is not that of a GPU")
+@both
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16(make_layer, shape):
+def test_bfloat16(make_layer, shape, store):
+    if store is run and not torch.cuda.is_available():
+        pytest.skip("the interpreter's bfloat16 is not that of a GPU")
     groups, settings, T = SHAPES[shape]
-    check(make_layer(*groups, **settings | {"dtype": torch.bfloat16}), T)
+    check(make_layer(*groups, **settings | {"dtype": torch.bfloat16}), T, store)
 
 
+@both
 @pytest.mark.parametrize("T", [3, 100])
-def test_exactly_the_bytes_of_stored_tokens_are_written(make_layer, T):
+def test_exactly_the_bytes_of_stored_tokens_are_written(make_layer, T, store):
     written = {}
-    for store in (run, run_twin):
-        written[store] = 0
+    for kernel in (store, run_twin):
+        written[kernel] = 0
         for fill in (0x00, 0xFF):  # a byte that is written equals one of them at most
             layer = make_layer(("16x1 8x1 4x1 2x1", "4x3"), ("2x4", "16x2 8x2"))
             tensors, slots = inputs(layer, T), some_slots(layer, T)
             layer.poison(fill)
-            store(layer, *tensors, slots)
-            written[store] = written[store] | (layer.memory.view(torch.uint8) != fill)
-    assert torch.equal(written[run], written[run_twin])
+            kernel(layer, *tensors, slots)
+            written[kernel] = written[kernel] | (layer.memory.view(torch.uint8) != fill)
+    assert torch.equal(written[store], written[run_twin])
 
 
 def test_a_workspace_serves_one_layer_after_another(make_layer):
@@ -145,14 +164,15 @@ def test_a_workspace_serves_one_layer_after_another(make_layer):
         assert torch.equal(found.view(torch.uint8), layer.memory.view(torch.uint8))
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_outliers_and_empty_tokens_stay_finite(make_layer, dtype):
+def test_outliers_and_empty_tokens_stay_finite(make_layer, dtype, store):
     layer = make_layer(("16x1 4x2", "8x2 2x1"), dtype=dtype)
     q, k, v = inputs(layer, 20)
     for x in (k, v):
         x[3] *= 1e4
         x[7] = 0
-    run(layer, q, k, v, torch.arange(20, device=k.device))
+    store(layer, q, k, v, torch.arange(20, device=k.device))
     for page in view_pages(layer.cache, layer.layout):
         for side in (page.key, page.value):
             assert scale_values(side.scales[0]).isfinite().all() and side.exact[0].isfinite().all()
@@ -174,7 +194,15 @@ def layers(draw):
 @given(case=layers())
 def test_any_layer(make_layer, case):
     widths, shape, T, seed = case
-    check(make_layer(widths=widths, **shape, seed=seed), T)
+    check(make_layer(widths=widths, **shape, seed=seed), T, run)
+
+
+@ON_CPU
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(case=layers())
+def test_any_layer_compiled(make_layer, case):
+    widths, shape, T, seed = case
+    check(make_layer(widths=widths, **shape, seed=seed), T, run_compiled)
 
 
 def test_errors_name_the_mend(make_layer):
