@@ -293,7 +293,8 @@ def warm_up_threads(vllm_config: VllmConfig) -> int:
     """Threads that may compile Triton kernels at the start; 0 where none should be compiled then.
 
     As vLLM does with its own: not with --enforce-eager, which turns enable_jit_warmup off. Private: that, and
-    VLLM_TRITON_JIT_WARMUP_NUM_THREADS.
+    VLLM_TRITON_JIT_WARMUP_NUM_THREADS. vLLM's registry of kernels to warm up would run after its estimate of CUDA
+    graphs' memory, which launches them one by one. Removable when it runs before.
     """
     from vllm import envs
     from vllm.platforms import current_platform
