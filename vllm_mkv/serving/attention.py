@@ -16,7 +16,7 @@ class LayerAttention(Protocol):
     """A layer's bases and the kernels that use them."""
 
     def reserve(self) -> None:
-        """Allocates what the largest step needs beside the cache."""
+        """Allocates what the largest step needs beside the cache, and compiles what steps launch."""
 
     def __call__(
         self,

@@ -289,6 +289,23 @@ def num_processors(device: torch.device) -> int:
     return num_compute_units(device.index or 0) if current_platform.is_cuda_alike() else INTERPRETED_PROCESSORS
 
 
+def warm_up_threads(vllm_config: VllmConfig) -> int:
+    """Threads that may compile Triton kernels at the start; 0 where none should be compiled then.
+
+    As vLLM does with its own: not with --enforce-eager, which turns enable_jit_warmup off. Private: that, and
+    VLLM_TRITON_JIT_WARMUP_NUM_THREADS. vLLM's registry of kernels to warm up would run after its estimate of CUDA
+    graphs' memory, which launches them one by one. Removable when it runs before.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    enabled = getattr(vllm_config.kernel_config, "enable_jit_warmup", not vllm_config.model_config.enforce_eager)
+    if not enabled or os.environ.get("TRITON_INTERPRET") == "1":
+        return 0
+    # AMD's compiler can abort where several threads use it.
+    return max(1, getattr(envs, "VLLM_TRITON_JIT_WARMUP_NUM_THREADS", 4)) if current_platform.is_cuda() else 1
+
+
 def max_decode_queries(vllm_config: VllmConfig) -> int:
     """Queries of a request that decodes, drafts included. Private: max_decode_query_len of attention backends."""
     try:

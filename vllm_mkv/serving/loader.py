@@ -91,7 +91,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
     # With LoRA, deltas computed from the model's own weights are added behind every projection.
     may_fold = may_fold and vllm_config.lora_config is None
-    make_attention = _attention_maker(vllm_config, plan, next(iter(layers.values())))
+    make_attention = _attention_maker(vllm_config, plan, list(layers.values()))
     folded = [0, 0]
     for name, layer in layers.items():
         index = compat.layer_index(name)
@@ -110,9 +110,9 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
 
 
 def _attention_maker(
-    vllm_config: VllmConfig, plan: ServingPlan, layer: Attention
+    vllm_config: VllmConfig, plan: ServingPlan, layers: list[Attention]
 ) -> Callable[[LayerBases, Attention], LayerAttention]:
-    """What makes a layer's kernels from its bases; `layer` is any of them."""
+    """What makes a layer's kernels from its bases; `layers` are all for which it will be asked."""
     if plan.kernels == "torch":
         reason = compat.without_numba(vllm_config.model_config.dtype)
         if reason and MKVOptions.of(vllm_config).kernels == "auto":
@@ -121,11 +121,14 @@ def _attention_maker(
     if plan.kernels == "numba":
         return _compiled_attention_maker(vllm_config.model_config.dtype)
     from vllm_mkv.serving.triton_attention import TritonAttention
+    from vllm_mkv.serving.warmup import WarmUp
     from vllm_mkv.serving.workspace import StepLimits, Workspace
 
-    device = next(iter(layer.buffers())).device
+    device = next(iter(layers[0].buffers())).device
     workspace = Workspace(StepLimits.of(vllm_config, device), vllm_config.model_config.dtype, device)
-    return lambda bases, layer: TritonAttention(bases, layer.impl.scale, layer.num_heads, workspace)
+    threads = compat.warm_up_threads(vllm_config)
+    warm_up = WarmUp([layer.impl for layer in layers], workspace, threads) if threads else None
+    return lambda bases, layer: TritonAttention(bases, layer.impl.scale, layer.num_heads, workspace, warm_up)
 
 
 def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Attention], LayerAttention]:

@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 
     from mkv_kernels.bases import LayerBases
     from vllm_mkv.serving.metadata import TritonMetadata
+    from vllm_mkv.serving.warmup import WarmUp
     from vllm_mkv.serving.workspace import Workspace
 
 
 class TritonAttention:
-    def __init__(self, bases: LayerBases, scale: float, num_heads: int, workspace: Workspace) -> None:
+    """`warm_up` is that of the model; None where kernels are compiled when a step first needs them."""
+
+    def __init__(
+        self, bases: LayerBases, scale: float, num_heads: int, workspace: Workspace, warm_up: WarmUp | None = None
+    ) -> None:
         self.table = LayerTable.build(bases)
-        self.scale, self.num_heads, self.workspace = scale, num_heads, workspace
+        self.scale, self.num_heads, self.workspace, self.warm_up = scale, num_heads, workspace, warm_up
         workspace.admit(self.table, num_heads)
 
     def reserve(self) -> None:
         self.workspace.reserve()
+        if self.warm_up is not None:
+            self.warm_up.run()
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from mkv_kernels.fused import launch
+from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable, power_of_two
 from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
 
@@ -24,11 +25,13 @@ PROGRAMS_PER_PROCESSOR = 4
 """Programs that hide each other's waiting for memory."""
 LEAST_TOKENS = 256
 """A split of fewer costs more to combine than it saves."""
+FEW_ROWS = 512
+"""Tokens times query heads of a KV head, up to which combining is short of programs rather than of arithmetic."""
 
 
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
 @triton.jit(
-    do_not_specialize=["num_programs"],
+    do_not_specialize=["num_programs", "stride_table"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
 )
 def _attend_kernel(
@@ -314,7 +317,7 @@ def decode(
     rows = max_queries * J * M
     target = launch.Target.of(_attend_kernel)
     tiles = launch.Tiles.of_decode(table, rows, query.element_size(), target)
-    _attend_kernel[(num_programs, num_requests, triton.cdiv(rows, tiles.rows))](
+    on(_attend_kernel, (num_programs, num_requests, triton.cdiv(rows, tiles.rows)))(
         query,
         *shapes.pages,
         block_table,
@@ -345,8 +348,8 @@ def decode(
         num_warps=tiles.warps,
     )
     d = table.head_size
-    combine_rows = 16 if T * M <= 512 else 64
-    _combine_kernel[(triton.cdiv(T * M, combine_rows), table.num_groups * J)](
+    combine_rows = 16 if T * M <= FEW_ROWS else 64
+    on(_combine_kernel, (triton.cdiv(T * M, combine_rows), table.num_groups * J))(
         workspace.partial,
         workspace.stats,
         work.spans,

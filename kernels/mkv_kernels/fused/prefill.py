@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from mkv_kernels.fused import launch
+from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
 from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
 
@@ -34,7 +35,7 @@ def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
 
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
 @triton.jit(
-    do_not_specialize=["num_requests"],
+    do_not_specialize=["num_requests", "stride_table"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
 )
 def _prefill_kernel(
@@ -184,7 +185,7 @@ def prefill(
     tiles = launch.Tiles.of_prefill(table, M, query.element_size(), target)
     queries = tiles.rows // M
     folded = table.value_up is None
-    _prefill_kernel[(T // queries + num_requests, table.num_groups * table.group_heads)](
+    on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
         query,
         *pages.pages,
         block_table,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, STEPS
 from mkv_kernels.fused import launch
+from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable
 from mkv_kernels.fused.tile import rank_of, tier_of
 from mkv_kernels.fused.unpack import scale_codes, scale_values
@@ -187,8 +188,8 @@ def _store_side(
             )
 
 
-# Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_tokens"])
+# Numbers, and places of tokens in a batch, that change from step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr"])
 def _store_kernel(
     q_ptr,
     k_ptr,
@@ -337,7 +338,7 @@ def project_and_store(
     M = H // (G * J)
     rows, columns = (16, 32) if T <= FEW_TOKENS else (64, 64)
     items = table.items[columns]
-    _store_kernel[(triton.cdiv(T * M, rows), len(items))](
+    on(_store_kernel, (triton.cdiv(T * M, rows), len(items)))(
         query,
         key,
         value,
