@@ -6,13 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from mkv_kernels.layout import WIDTHS
-from vllm_mkv import __version__
+from vllm_mkv import __version__, commands
+from vllm_mkv.commands import fail
 
 INTERRUPTED = 130
 
@@ -33,27 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error) or type(error).__name__)
 
 
-def fail(message: str) -> int:
-    print(f"vllm-mkv: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="vllm-mkv", description="Prepare and inspect adapters for a projected KV cache.")
     top.add_argument("--version", action="version", version=f"vllm-mkv {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_calibrate(commands)
-    _add_search(commands)
-    _add_eval(commands)
-    _add_bench(commands)
-    _add_info(commands)
-    _add_check(commands)
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_calibrate(subparsers)
+    _add_train(subparsers)
+    _add_search(subparsers)
+    _add_eval(subparsers)
+    _add_bench(subparsers)
+    _add_info(subparsers)
+    _add_check(subparsers)
     return top
 
 
-def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_calibrate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "make an adapter for a model from text"
-    sub = commands.add_parser("calibrate", help=about, description=about)
+    sub = subparsers.add_parser("calibrate", help=about, description=about)
     sub.add_argument("model", metavar="MODEL", help="a folder or a Hub repository")
     _add_text_option(sub)
     sub.add_argument("--tokens", type=int, default=100_000, metavar="N", help="to fit on (default: %(default)s)")
@@ -66,12 +61,52 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write")
     _add_window_options(sub, "windows to measure quality on, none of which is fitted on")
-    sub.set_defaults(run=calibrate)
+    sub.set_defaults(run=commands.calibrate)
 
 
-def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "train an adapter's bases: with a small cache, predict what the model does without one"
+    sub = subparsers.add_parser("train", help=about, description=about)
+    add = sub.add_argument
+    add("adapter", metavar="ADAPTER", help="a folder or a Hub repository; one that was searched")
+    _add_text_option(sub)
+    add("--steps", type=int, required=True, metavar="N", help="of the optimiser")
+    add("--output", required=True, metavar="ADAPTER", help="the folder to write")
+    add("--budgets", nargs=2, type=float, default=(0.065, 0.16), metavar=("LEAST", "MOST"), help="that steps draw")
+    add(
+        "--spread",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="of sides' own budgets around a step's, as a share of that",
+    )
+    add(
+        "--form", choices=("orthogonal", "free"), default="orthogonal", help="of what is trained (default: %(default)s)"
+    )
+    add(
+        "--cross-entropy",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="weight of the next token's (default: %(default)s)",
+    )
+    add("--learning-rate", type=float, default=3e-4, metavar="LR", help="at its peak (default: %(default)s)")
+    add("--batch-size", type=int, default=4, metavar="N", help="windows on a device at once (default: %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: %(default)s)")
+    add("--checkpoints", metavar="DIR", help="of the trainer (default: ADAPTER.checkpoints)")
+    add("--save-steps", type=int, default=100, metavar="N", help="between checkpoints (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--report-to", default="none", metavar="NAME", help="tensorboard, wandb, .. (default: %(default)s)")
+    add("--plot", metavar="FILE.png", help="draw the loss")
+    add("--json", metavar="FILE.json", help="write the loss")
+    add("--model", help="folder or Hub repository (default: what the adapter was made for)")
+    _add_window_options(sub, "windows to measure quality on, none of which is trained on")
+    sub.set_defaults(run=commands.train)
+
+
+def _add_search(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "find the order in which an adapter's coordinates lose bits where that costs least"
-    sub = commands.add_parser("search", help=about, description=about)
+    sub = subparsers.add_parser("search", help=about, description=about)
     sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
     _add_text_option(sub)
     sub.add_argument("--output", required=True, metavar="ADAPTER", help="the folder to write; may be the same")
@@ -92,7 +127,7 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sub.add_argument("--tokens", type=int, default=32_768, metavar="N", help="to probe on (default: %(default)s)")
     sub.add_argument("--model", help="folder or Hub repository (default: what the adapter was made for)")
     _add_window_options(sub, "windows to measure quality on, none of which is probed on")
-    sub.set_defaults(run=search)
+    sub.set_defaults(run=commands.search)
 
 
 def _widths(value: str) -> tuple[int, ...]:
@@ -126,9 +161,9 @@ def _add_run_options(sub: argparse.ArgumentParser, dtype: str | None = None) -> 
     _add_model_options(sub)
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_eval(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "measure what budgets of an adapter, and other caches, cost a model"
-    sub = commands.add_parser("eval", help=about, description=about)
+    sub = subparsers.add_parser("eval", help=about, description=about)
     sub.add_argument("subject", metavar="MODEL|ADAPTER", help="a folder or a Hub repository, or an adapter's folder")
     _add_text_option(sub)
     sub.add_argument(
@@ -157,12 +192,12 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_run_options(
         sub, "to compute in; bytes and budgets stay those of the dtype that the model is stored in (default: that)"
     )
-    sub.set_defaults(run=evaluate)
+    sub.set_defaults(run=commands.evaluate)
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "time decode steps of the real engine over the context, with stock caches and with MKV"
-    sub = commands.add_parser("bench", help=about, description=about)
+    sub = subparsers.add_parser("bench", help=about, description=about)
     add = sub.add_argument
     add("name", nargs="?", metavar="MODEL|ADAPTER", help="a folder or a Hub repository, or an adapter's folder")
     add("--shape", metavar="L,HQ,HKV,D,W", help="in place of MODEL: layers, query heads, KV heads, head size, hidden")
@@ -185,185 +220,38 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--plot", metavar="FILE.png", help="draw latency against context")
     add("--revision", help="of the model's Hub repository")
     add("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
-    sub.set_defaults(run=bench)
+    sub.set_defaults(run=commands.bench)
 
 
 def _names(value: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(","))
 
 
-def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_info(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "print what an adapter is, its bytes per token and its bits by layer and side"
-    sub = commands.add_parser("info", help=about, description=about)
+    sub = subparsers.add_parser("info", help=about, description=about)
     sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
     sub.add_argument("--budget", type=float, metavar="B", help="share of the own cache (default: the adapter's)")
     sub.add_argument("--plot", metavar="FILE.png", help="draw the widths as a heatmap")
-    sub.set_defaults(run=info)
+    sub.set_defaults(run=commands.info)
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "say whether an adapter fits a model and whether full rank is exact; no engine is started"
-    sub = commands.add_parser("check", help=about, description=about)
+    sub = subparsers.add_parser("check", help=about, description=about)
     sub.add_argument("adapter", metavar="ADAPTER", help="a folder or a Hub repository")
     sub.add_argument("model", metavar="MODEL", help="a folder or a Hub repository")
     sub.add_argument(
         "--tokens", type=int, default=48, metavar="N", help="random ones to compare on (default: %(default)s)"
     )
     _add_model_options(sub)
-    sub.set_defaults(run=check)
+    sub.set_defaults(run=commands.check)
 
 
 def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. (default: %(default)s)")
     sub.add_argument("--revision", help="of the model's Hub repository")
     sub.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
-
-
-RUN_OPTIONS = ("context", "seed", "dtype", "device", "revision", "trust_remote_code")
-"""What `_add_run_options` adds, as the functions behind the commands call it."""
-
-
-def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in RUN_OPTIONS}
-
-
-def calibrate(args: argparse.Namespace) -> int:
-    from vllm_mkv.adapter import check_output
-
-    check_output(args.output)
-    from vllm_mkv.fit.calibrate import calibrate as make
-
-    adapter = make(
-        args.model,
-        args.text,
-        tokens=args.tokens,
-        output=args.output,
-        basis=args.basis,
-        group_heads=args.group_heads,
-        eval_windows=args.eval_windows,
-        **run_options(args),
-    )
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.report import quality_rows
-
-    if adapter.config.quality:
-        Console().print(quality_rows(adapter.config.quality))
-    print(f"wrote {args.output}; serve it with:")
-    options = f'{{"mkv": {{"adapter": "{args.output}", "budget": {adapter.config.default_budget:g}}}}}'
-    print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'")
-    return 0
-
-
-def search(args: argparse.Namespace) -> int:
-    from vllm_mkv.adapter import Adapter, check_output, locate
-
-    check_output(args.output)
-    loaded = Adapter.load(locate(args.adapter, None))
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.report import quality_rows
-    from vllm_mkv.fit.search import search as find
-
-    searched, found = find(
-        loaded,
-        args.text,
-        output=args.output,
-        widths=args.widths,
-        shards=args.shards,
-        tokens=args.tokens,
-        eval_windows=args.eval_windows,
-        model=args.model,
-        **run_options(args),
-    )
-    layers = searched.shape.num_layers
-    print(
-        f"{found.passes} forward passes of the calibration set: one probe per side of {layers} layers, and "
-        f"{found.passes - 2 * layers} others; rates to the power of {found.exponent:g}"
-    )
-    if searched.config.quality:
-        Console().print(quality_rows(searched.config.quality))
-    print(f"wrote {args.output}: {len(searched.path.steps)} steps, one for each block of 16 coordinates and width")
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.evaluate import evaluate as measure
-    from vllm_mkv.evaluation.evaluate import evaluation_table
-
-    found = measure(
-        args.subject,
-        args.text,
-        budgets=args.budgets,
-        against=args.against,
-        engine=args.engine,
-        adapter=args.adapter,
-        model=args.model,
-        allocation=args.allocation,
-        num_windows=args.windows,
-        **run_options(args),
-        json_file=args.json,
-        plot=args.plot,
-    )
-    Console().print(evaluation_table(found))
-    for file in (args.json, args.plot):
-        if file:
-            print(f"wrote {file}")
-    return 0
-
-
-def bench(args: argparse.Namespace) -> int:
-    from vllm_mkv.evaluation.bench import benchmark
-
-    given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "json")}
-    found = benchmark(**given, json_file=args.json)
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.latency import print_latency
-
-    print_latency(found, Console())
-    for file in (args.json, args.plot):
-        if file:
-            print(f"wrote {file}")
-    return 0
-
-
-def info(args: argparse.Namespace) -> int:
-    from vllm_mkv.adapter import locate
-    from vllm_mkv.evaluation.report import print_info
-
-    print_info(locate(args.adapter, None), args.budget, args.plot)
-    return 0
-
-
-def check(args: argparse.Namespace) -> int:
-    from vllm_mkv.adapter import Adapter, locate
-
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} leaves nothing to compare on; use at least 1")
-    folder: Path = locate(args.adapter, None)
-    adapter = Adapter.load(folder)
-    from vllm_mkv.fit.check import TOLERANCE, full_rank_exactness, inverse_error
-    from vllm_mkv.fit.model import Source
-
-    source = Source(args.model, args.revision, args.trust_remote_code)
-    adapter.check_model(source.fingerprint)
-    print(f"fits: {args.model} has the attention that {folder} was made for")
-    print(f"inverse: bases and their inverses are off by {inverse_error(adapter):.1e} at most")
-    found = full_rank_exactness(source.load("float32", args.device), adapter, tokens=args.tokens)
-    print(
-        f"full rank: logits differ by {found.logit_difference:.1e} at most, of {found.logit_scale:.3g}; the most "
-        f"likely token is the same at {found.agreement:.1%} of {args.tokens} positions"
-    )
-    if not found.exact:
-        return fail(
-            f"full rank is not exact within {TOLERANCE:g} of the largest logit; make the adapter again for this model: "
-            f"vllm-mkv calibrate {args.model} --text FILE --output ADAPTER"
-        )
-    print("exact: full rank equals the model's own attention up to float32 rounding")
-    return 0
 
 
 if __name__ == "__main__":
