@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from end to end: what gradients go through, what is learnt, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mkv_kernels.codes import round_trip
+from mkv_kernels.layout import WIDTHS
+from vllm_mkv.adapter import Adapter
+from vllm_mkv.cli import main
+from vllm_mkv.fit.attention import intercepted
+from vllm_mkv.fit.check import full_rank_exactness, inverse_error
+from vllm_mkv.fit.distil import Distillation
+from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.search import search
+from vllm_mkv.fit.student import FORMS, Student, cayley, coordinate_widths, straight_through
+from vllm_mkv.fit.train import train
+from vllm_mkv.fit.truncation import truncated
+
+SETTINGS = {"context": 64, "batch_size": 2, "eval_windows": 0, "budgets": (0.07, 0.25)}
+
+
+@pytest.fixture
+def searched(tiny_model, make_searched):
+    return Adapter.load(make_searched(tiny_model("llama"), 2))
+
+
+@pytest.fixture
+def model(tiny_model):
+    return Source(str(tiny_model("llama"))).load("float32", "cpu")
+
+
+def random_student(adapter, form):
+    student = Student(adapter, form)
+    torch.manual_seed(0)
+    for x in student.parameters():
+        torch.nn.init.normal_(x, std=0.02)
+    return student
+
+
+def test_codes_are_those_of_the_cache():
+    torch.manual_seed(0)
+    rows = [(16, 16, 8, 4, 2, 0), (4, 4, 4, 4, 4, 4), (16,) * 6, (0,) * 6, (8, 2, 2, 2, 0, 0)]
+    x = torch.randn(2, len(rows), 7, 96) * torch.rand(2, len(rows), 7, 1) * 3
+    widths = torch.tensor(rows).repeat_interleave(16, dim=-1)[:, None]
+    found = straight_through(x, widths)
+    for group, row in enumerate(rows):
+        torch.testing.assert_close(found[:, group], round_trip(x[:, group], row), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_pass_what_is_stored_and_nothing_else():
+    x = torch.randn(1, 1, 3, 80, requires_grad=True)
+    widths = torch.tensor([WIDTHS]).repeat_interleave(16, dim=-1)[:, None]
+    straight_through(x, widths).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x) * (torch.arange(80) < 64))
+
+
+def test_cayley_is_orthogonal_and_starts_at_the_identity():
+    torch.manual_seed(0)
+    turn = cayley(torch.randn(3, 32, 32, dtype=torch.float64))
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(32, dtype=torch.float64).expand(3, -1, -1))
+    assert torch.equal(cayley(torch.zeros(2, 8, 8)), torch.eye(8).expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5, 0.125])
+def test_a_student_starts_as_the_adapter(budget, searched, model):
+    ids = torch.randint(2, 290, (2, 40))
+    allocation = searched.path.replay(budget)
+    student = Student(searched)
+    with torch.inference_mode():
+        with truncated(model, searched, allocation):
+            expected = model(input_ids=ids).logits
+        with intercepted(model, student.handler(coordinate_widths(allocation))):
+            found = model(input_ids=ids).logits
+    # A coordinate at the border of two levels may fall to either side.
+    assert (found - expected).abs().mean() < (1e-5 if budget == 1 else 5e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_full_rank_stays_exact_however_bases_were_turned(form, searched, model):
+    student = random_student(searched, form)
+    turned = Adapter(searched.config, student.bases(), searched.path)
+    assert np.abs(turned.bases[0].A - searched.bases[0].A).max() > 0.01
+    assert inverse_error(turned) < 1e-4
+    assert full_rank_exactness(model, turned, tokens=40).exact
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bases_are_what_the_student_attends_with(form, searched, model):
+    student, allocation = random_student(searched, form), searched.path.replay(0.5)
+    turned = Adapter(searched.config, student.bases(), searched.path)
+    ids = torch.randint(2, 290, (2, 40))
+    with torch.inference_mode():
+        with truncated(model, turned, allocation):
+            expected = model(input_ids=ids).logits
+        with intercepted(model, student.handler(coordinate_widths(allocation))):
+            found = model(input_ids=ids).logits
+    assert (found - expected).abs().mean() < 5e-3 * expected.abs().mean()
+
+
+def test_every_side_draws_a_budget_of_its_own(searched, model):
+    task = Distillation(model, Student(searched), (0.07, 0.25), spread=0.3)
+    allowed = {tuple(widths) for widths in task.widths[:, 0, 0, 1].tolist()}
+    torch.manual_seed(0)
+    drawn = [task.draw() for _ in range(20)]
+    assert {tuple(widths[0, 0, 1].tolist()) for widths in drawn} <= allowed
+    assert len({widths.float().mean().item() for widths in drawn}) > 5
+    alike = Distillation(model, Student(searched), (0.07, 0.25))
+    levels = [(alike.widths == alike.draw()).flatten(1).all(1) for _ in range(5)]
+    assert all(level.any() for level in levels)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_brings_predictions_closer(form, tmp_path):
+    """The bundled model: a random one has nothing to learn."""
+    from vllm_mkv.evaluation.quality import measure, projected_caches
+    from vllm_mkv.fit.calibrate import draw_windows
+
+    examples = Path(__file__).parents[2] / "examples"
+    source = Source(str(examples / "books-4m"))
+    adapter = Adapter.load(examples / "books-4m" / "mkv")
+    text = [str(examples / "data" / "the_time_machine.txt")]
+    settings = {"context": 128, "eval_windows": 4, "model": source.name, "dtype": "float32"}
+    trained, log = train(
+        adapter, text, steps=40, output=tmp_path / "trained", budgets=(0.07, 0.1), learning_rate=1e-3, **settings
+    )
+    assert [row["step"] for row in log] == list(range(4, 41, 4))
+    windows, _ = draw_windows(source, text, 16 * 128, 0, 128, seed=9)
+    network = source.load("float32", "cpu")
+    caches = [projected_caches(found, [adapter.path.replay(0.08)], 2)[0] for found in (adapter, trained)]
+    before, after = (row["kl"] for row in measure(network, windows, caches, stock_bytes=2048)[1:])
+    assert after < 0.95 * before
+    assert trained.config.basis == "trained"
+    assert [row["budget"] <= 1 for row in trained.config.quality].count(True) == 9
+    assert full_rank_exactness(network, Adapter.load(tmp_path / "trained"), tokens=40).exact
+
+
+def test_a_trained_adapter_is_searched_as_any(searched, text_file, tmp_path):
+    trained, _ = train(searched, [str(text_file)], steps=4, output=tmp_path / "trained", **SETTINGS)
+    found, _ = search(trained, [str(text_file)], output=tmp_path / "found", tokens=512, context=64, eval_windows=0)
+    assert set(found.config.made) >= {"train", "search"}
+    found.path.replay(0.1)
+    assert inverse_error(found) < 1e-4
+
+
+def test_resumed_runs_end_in_the_same_bytes(searched, text_file, tmp_path):
+    settings = SETTINGS | {"steps": 6, "save_steps": 3, "learning_rate": 1e-2, "spread": 0.2}
+    whole, _ = train(searched, [str(text_file)], output=tmp_path / "whole", **settings)
+    checkpoints = tmp_path / "whole.checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    resumed, _ = train(
+        searched, [str(text_file)], output=tmp_path / "resumed", checkpoints=checkpoints, resume=True, **settings
+    )
+    for a, b in zip(whole.bases, resumed.bases, strict=True):
+        for name in ("A", "B", "C", "D"):
+            assert np.array_equal(getattr(a, name), getattr(b, name))
+    assert not np.array_equal(whole.bases[0].A, searched.bases[0].A)
+
+
+def test_checkpoints_hold_what_is_trained_alone(searched, text_file, tmp_path):
+    train(searched, [str(text_file)], steps=2, output=tmp_path / "trained", **SETTINGS)
+    checkpoint = tmp_path / "trained.checkpoints" / "checkpoint-2"
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    shape = searched.shape
+    turns = 2 * shape.num_layers * shape.num_groups * shape.group_width**2 * 4
+    # The turns, their averages, and two moments of the optimiser's.
+    assert 4 * turns < size < 4 * turns + 100_000
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_mend(searched, text_file, tmp_path, monkeypatch):
+    forward, calls = Distillation.forward, []
+
+    def failing(self, input_ids):
+        calls.append(1)
+        outputs = forward(self, input_ids)
+        return outputs | {"loss": outputs["loss"] * float("nan")} if len(calls) == 3 else outputs
+
+    monkeypatch.setattr(Distillation, "forward", failing)
+    with pytest.raises(ValueError, match=r"loss of step 3 is not finite.*--learning-rate"):
+        train(searched, [str(text_file)], steps=5, output=tmp_path / "trained", **SETTINGS)
+    assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "must be 1 at least"),
+        ({"budgets": (0.5, 0.2)}, "the smaller one first"),
+        ({"budgets": (0.001, 0.2)}, "smaller than the smallest that this adapter's allocation path reaches"),
+        ({"learning_rate": 0.0}, "learning rate must be above 0"),
+        ({"form": "loose"}, "not one of orthogonal, free"),
+        ({"plot": "no/such/folder.png"}, "there is no folder"),
+        ({"resume": True}, "no checkpoint to go on from"),
+        ({"steps": 10_000}, "windows of 64 tokens"),
+    ],
+)
+def test_bad_input_is_refused(wrong, message, searched, text_file, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(searched, [str(text_file)], **{"steps": 2, "output": tmp_path / "out", **SETTINGS, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_are_not_mixed_up(searched, text_file, tmp_path):
+    settings = SETTINGS | {"output": tmp_path / "out", "steps": 2}
+    train(searched, [str(text_file)], **settings)
+    with pytest.raises(ValueError, match=r"has checkpoints; go on from them with --resume"):
+        train(searched, [str(text_file)], **settings)
+    with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.0003 and is 0.1"):
+        train(searched, [str(text_file)], **settings, learning_rate=0.1, resume=True)
+
+
+def test_the_command(tiny_model, make_searched, text_file, tmp_path, capsys):
+    model = tiny_model("llama")
+    output, figures, plot = tmp_path / "trained", tmp_path / "log.json", tmp_path / "log.png"
+    arguments = [str(make_searched(model, 2)), "--text", str(text_file), "--steps", "2", "--output", str(output)]
+    options = ["--context", "64", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
+    assert main(["train", *arguments, *options, "--json", str(figures), "--plot", str(plot)]) == 0
+    assert "KL divergence of steps" in capsys.readouterr().out
+    assert [row["step"] for row in json.loads(figures.read_text())["log"]] == [1, 2]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert Adapter.load(output).config.made["train"]["steps"] == 2
