@@ -17,7 +17,7 @@ from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_wi
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
 from vllm_mkv.fit.attention import Handler
-from vllm_mkv.fit.bases import block_metrics, whitened
+from vllm_mkv.fit.bases import TRAINED, block_metrics, whitened
 from vllm_mkv.fit.calibrate import (
     attention_statistics,
     draw_windows,
@@ -131,6 +131,9 @@ def search(
 def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:
     """Whitens the bases anew and measures what an error in every side of every layer costs.
 
+    Trained coordinates stay as they are but for their size: turned within their blocks, they would lose some of what
+    training won.
+
     A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by the error that
     its blocks have at 2 bits, is its rate. Seen from there, and not from a model without errors, sides count as they do
     where bytes are short: errors add up, and hide one another. What rates exaggerate all the same is found by trying:
@@ -150,7 +153,7 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
     bases, of_blocks = [], {}
     for layer, of_layer in zip(adapter.config.layers, adapter.bases, strict=True):
         found = statistics.pop(layer)
-        bases.append(whitened(of_layer, found))
+        bases.append(whitened(of_layer, found, rotate=adapter.config.basis != TRAINED))
         of_blocks[layer] = block_metrics(bases[-1], found, metrics.get(layer))
     prepared, shape = replace(adapter, bases=tuple(bases)), adapter.shape
     places = [(layer, side) for layer in range(shape.num_layers) for side in (KEY, VALUE)]

@@ -21,6 +21,7 @@ from vllm_mkv.adapter import Adapter, check_output
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.losses import draw_losses
 from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
+from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
@@ -31,7 +32,6 @@ from vllm_mkv.fit.trainer import DistillationTrainer
 DEFAULT_BUDGETS = (0.065, 0.16)
 DEFAULT_EVAL_WINDOWS = 16
 WARMUP_SHARE = 0.05
-BASIS = "trained"
 ARGUMENTS_FILE = "arguments.json"
 
 
@@ -170,7 +170,7 @@ def train(
     made = how_made("train", text, windows, seed, network) | {
         name: given[name] for name in ("steps", "form", "budgets", "spread", "cross_entropy", "learning_rate")
     }
-    config = config.model_copy(update={"basis": BASIS, "made": {**config.made, "train": made}, "quality": []})
+    config = config.model_copy(update={"basis": TRAINED, "made": {**config.made, "train": made}, "quality": []})
     trained = Adapter(config, task.averaged().bases(), adapter.path)
     if eval_windows:
         trained = with_quality(trained, network, held_out, MEASURED_BUDGETS, source.itemsize)
