@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,7 @@ from mkv_kernels.layout import WIDTHS
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.cli import main
 from vllm_mkv.fit.attention import intercepted
-from vllm_mkv.fit.bases import whitened
-from vllm_mkv.fit.calibrate import attention_statistics
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
-from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import search
@@ -151,22 +147,10 @@ def test_a_trained_adapter_is_searched_as_any(searched, text_file, tmp_path):
     found, _ = search(trained, [str(text_file)], output=tmp_path / "found", tokens=512, context=64, eval_windows=0)
     assert set(found.config.made) >= {"train", "search"}
     found.path.replay(0.1)
+    # Turned inside of their blocks, coordinates would lose some of what training won.
+    for before, after in zip(trained.bases, found.bases, strict=True):
+        assert np.array_equal(before.A, after.A) and np.array_equal(before.D, after.D)
     assert inverse_error(found) < 1e-4
-
-
-def test_whitening_leaves_trained_coordinates_alone(searched, model, text_file, tiny_model):
-    tokenizer = Source(str(tiny_model("llama"))).tokenizer()
-    windows = token_windows([str(text_file)], tokenizer, num_windows=16, context=64, seed=5)
-    statistics = attention_statistics(model, 2, windows)
-    white = [whitened(bases, statistics[layer]) for layer, bases in enumerate(searched.bases)]
-    turned = random_student(replace(searched, bases=tuple(white)), "orthogonal").bases()
-    for layer, (bases, before) in enumerate(zip(turned, white, strict=True)):
-        assert np.abs(bases.A - before.A).max() > 0.01 * np.abs(bases.A).max()
-        kept, rotated = (whitened(bases, statistics[layer], rotate=rotate) for rotate in (False, True))
-        for name in ("A", "B", "C", "D"):
-            was = getattr(bases, name)
-            assert np.abs(getattr(kept, name) - was).mean() < 0.1 * np.abs(was).mean()
-            assert np.abs(getattr(rotated, name) - was).mean() > 0.5 * np.abs(was).mean()
 
 
 def test_resumed_runs_end_in_the_same_bytes(searched, text_file, tmp_path):

@@ -106,19 +106,17 @@ def block_diagonal(blocks: Tensor, group_heads: int) -> Tensor:
 
 
 TRAINED = "trained"
-"""The basis kind of adapters whose coordinates were trained, inside of blocks too."""
+"""The basis kind of adapters whose coordinates were trained, their sizes and what is inside of blocks too."""
 
 
-def whitened(bases: LayerBases, statistics: LayerStatistics, *, rotate: bool = True) -> LayerBases:
+def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
     """The same nested blocks of 16 coordinates, each of unit covariance and then rotated by a Hadamard matrix.
 
     So the coordinates of a block look alike, and like those of any other block, as one quantiser for all wants them.
-    The subspaces do not change, and it does not matter whether the bases were whitened before. Without `rotate`, blocks
-    get unit covariance by a symmetric matrix: coordinates stay what they were as far as they can.
+    The subspaces do not change, and it does not matter whether the bases were whitened before.
     """
-    whiten = _whiten if rotate else _normalise
-    A, B = whiten(bases.A, statistics.key.covariance)
-    C, D = whiten(bases.C, statistics.value.covariance)
+    A, B = _whiten(bases.A, statistics.key.covariance)
+    C, D = _whiten(bases.C, statistics.value.covariance)
     return replace(bases, A=A, B=B, C=C, D=np.ascontiguousarray(D.swapaxes(-1, -2)))
 
 
@@ -134,23 +132,9 @@ def _whiten(down: np.ndarray, covariance: Tensor) -> tuple[np.ndarray, np.ndarra
     most = values.amax(-1, keepdim=True)
     least = torch.maximum(LEAST_SHARE * torch.where(mean > 0, mean, 1.0), LEAST_SHARE_OF_BLOCK * most)
     turn = vectors * torch.maximum(values, least).rsqrt()[..., None, :] @ hadamard(BLOCK).to(vectors)
-    return _pair(plane @ turn)
-
-
-def _normalise(down: np.ndarray, covariance: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """As `_whiten`, by the inverse square roots of the blocks' covariances."""
-    blocks = torch.from_numpy(down).to(covariance).unflatten(-1, (-1, BLOCK)).transpose(1, 2)
-    values, vectors = torch.linalg.eigh(blocks.mT @ covariance[:, None] @ blocks)
-    most = values.amax(-1, keepdim=True)
-    least = LEAST_SHARE_OF_BLOCK * torch.where(most > 0, most, 1.0)
-    return _pair(blocks @ (vectors * torch.maximum(values, least).rsqrt()[..., None, :] @ vectors.mT))
-
-
-def _pair(blocks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """From the blocks of `down`, [G, blocks, n, 16]: a pair of float32 [G, n, n] with down up^T = I."""
-    down = blocks.transpose(1, 2).flatten(-2).float()
-    up = torch.linalg.inv(down.double()).mT.float().contiguous()
-    return down.cpu().numpy(), up.cpu().numpy()
+    new_down = (plane @ turn).transpose(1, 2).flatten(-2).float()
+    new_up = torch.linalg.inv(new_down.double()).mT.float().contiguous()
+    return new_down.cpu().numpy(), new_up.cpu().numpy()
 
 
 def hadamard(size: int) -> Tensor:

@@ -131,8 +131,8 @@ def search(
 def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:
     """Whitens the bases anew and measures what an error in every side of every layer costs.
 
-    Trained coordinates stay as they are but for their size: turned within their blocks, they would lose some of what
-    training won.
+    Trained ones stay as they are: they suit the quantiser already, and turned inside of their blocks, they would lose
+    some of what training won.
 
     A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by the error that
     its blocks have at 2 bits, is its rate. Seen from there, and not from a model without errors, sides count as they do
@@ -153,7 +153,7 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
     bases, of_blocks = [], {}
     for layer, of_layer in zip(adapter.config.layers, adapter.bases, strict=True):
         found = statistics.pop(layer)
-        bases.append(whitened(of_layer, found, rotate=adapter.config.basis != TRAINED))
+        bases.append(of_layer if adapter.config.basis == TRAINED else whitened(of_layer, found))
         of_blocks[layer] = block_metrics(bases[-1], found, metrics.get(layer))
     prepared, shape = replace(adapter, bases=tuple(bases)), adapter.shape
     places = [(layer, side) for layer in range(shape.num_layers) for side in (KEY, VALUE)]
