@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 
 
 class CPUAttention:
-    def __init__(self, bases: LayerBases, scale: float, decode: LayerDecode | None = None) -> None:
-        """`decode` attends for the requests that the step's metadata name so."""
+    def __init__(
+        self,
+        bases: LayerBases,
+        scale: float,
+        decode: LayerDecode | None = None,
+        *,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> None:
+        """`decode` attends for the requests that the step's metadata name so, with the same window and soft-cap."""
         self.bases, self.scale, self.decode = bases, scale, decode
+        self.window, self.soft_cap = window, soft_cap
         self._pages: tuple[RunPages, ...] = ()
         self._pages_of: torch.Tensor | None = None
 
@@ -46,4 +55,5 @@ class CPUAttention:
         if step.decodes is not None:
             assert self.decode is not None
             self.decode(projected, kv_cache, step.decodes, output[tokens])
-        attend(projected, self._pages, self.bases, step.buckets, self.scale, output[tokens])
+        buckets = step.buckets[self.window]
+        attend(projected, self._pages, self.bases, buckets, self.scale, output[tokens], self.soft_cap)
