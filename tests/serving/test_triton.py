@@ -74,7 +74,7 @@ def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving):
     assert differ.max() < 0.3 and differ.mean() < 0.1
 
 
-@pytest.mark.parametrize("group_heads", [1, 2])
+@pytest.mark.parametrize(("windowed", "group_heads"), [("mistral", 1), ("gemma2", 2)], indirect=["windowed"])
 def test_windows_and_soft_caps_give_what_pytorch_gives(
     group_heads, windowed, tiny_model, make_adapter, uneven_path, serving
 ):
