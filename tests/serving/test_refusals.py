@@ -7,6 +7,7 @@ The models of the refusals are configurations without weights.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,8 +201,17 @@ def test_attention_of_another_kind(refused, model, feature):
 
 
 @pytest.mark.parametrize("model", ["mistral-window", "qwen2-window", "gemma3", "gemma2"])
-def test_windows_and_soft_caps(passes, model):
+def test_windows_and_soft_caps(passes, model, monkeypatch):
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
     passes(model)
+    assert not [record for record in records if record.levelname == "WARNING"]
+    passes(model, max_model_len=65)
+    warnings = [record.getMessage() for record in records if record.levelname == "WARNING"]
+    if model == "gemma2":
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and "keep all tokens, not 64" in warnings[0]
 
 
 @pytest.mark.parametrize("model", ["mistral-window", "qwen2-window", "gemma3"])

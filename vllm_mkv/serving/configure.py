@@ -32,7 +32,15 @@ def configure(vllm_config: VllmConfig) -> None:
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "mkv": {**given.get("mkv", {}), "digest": plan.digest}}
     logger.info("%s", plan.describe())
-    calibrated, longest = plan.adapter.config.made.get("context"), vllm_config.model_config.max_model_len
+    model = vllm_config.model_config
+    calibrated, longest = plan.adapter.config.made.get("context"), model.max_model_len
+    window = model.get_sliding_window()
+    if window is not None and window < longest and "sliding_window" in kinds_of_layers(vllm_config):
+        logger.warning(
+            "MKV: layers with a sliding window keep all tokens, not %d as vLLM's own backends may, which then hold "
+            "more tokens in the same memory where contexts are many windows long.",
+            window,
+        )
     if isinstance(calibrated, int) and calibrated < longest:
         logger.warning(
             "MKV: the adapter was made from windows of %d tokens, and requests may have %d: farther on, it is worse "
