@@ -2,7 +2,8 @@
 """What `compile_check.py` compiles: layers of some model at some budget, each with the launches that it may see.
 
 Every property that a kernel is compiled for occurs in some case: 1, 2, 4 and 8 KV heads per latent group; heads of 64,
-96, 128 and 256; ranks and tiers; bfloat16 and float16; C and D folded into the weights or not; small and large blocks.
+96, 128 and 256; ranks and tiers; bfloat16 and float16; C and D folded into the weights or not; small and large blocks;
+windows and soft-caps.
 All of their combinations would take hours.
 """
 
@@ -29,6 +30,7 @@ class Case:
     """A layer, and what is launched for it.
 
     widths: of its latent groups' blocks, see `layout`.
+    window, soft_cap: as `decode` and `prefill` take them.
     speculative: queries per request in a launch of that name.
     nvidia_only: left out for AMD's, whose compiler takes minutes for it, unless it is asked for by name.
     """
@@ -41,6 +43,8 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     fold_up: bool = False
     fold_down: bool = True
+    window: int = 0
+    soft_cap: float = 0.0
     speculative: int = 4
     launches: tuple[str, ...] = ("decode", "prefill")
     nvidia_only: bool = False
@@ -89,6 +93,14 @@ CASES = {
         ((blocks(b16=80, b0=48), blocks(b16=64, b0=64)), (blocks(b16=16, b0=112), blocks(b16=112, b0=16))), 1, 4,
         fold_up=True, launches=LAUNCHES,
     ),
+    # Of a Mistral and of a Gemma 2, whose scores are capped too where a layer has no window.
+    "tiers-j4-window": Case(
+        ((blocks(b16=16, b8=48, b4=224, b2=128, b0=96), blocks(b8=32, b4=192, b2=192, b0=96)),), 4, 4, window=4096,
+    ),
+    "ranks-j4-soft-cap": Case(
+        ((blocks(b16=256, b0=256), blocks(b16=256, b0=256)),), 4, 2, window=4096, soft_cap=50.0,
+        launches=("decode", "speculative", "prefill"),
+    ),
     "narrow-tiers-j1": Case(((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4),
     "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4),
     # Heads of other sizes.
@@ -106,7 +118,7 @@ CASES = {
     ),
     "full-rank-head-256": Case(((blocks(b16=256), blocks(b16=256)),), 1, 2, head_size=256),
 }  # fmt: skip
-QUICK = ("tiers-j1", "ranks-j4", "narrow-tiers-j1")
+QUICK = ("tiers-j4-window", "tiers-j1", "ranks-j4", "ranks-j4-soft-cap", "narrow-tiers-j1")
 """Of `compile_check.py --quick`."""
 
 
@@ -180,8 +192,11 @@ def launcher(case: Case, launch: str) -> Callable[[], None]:
         torch.arange(0, T + 1, queries, dtype=torch.int32),
     )
     if launch == "prefill":
-        return lambda: prefill(projected, cache, table, *step, 0.1, output)
+        return lambda: prefill(
+            projected, cache, table, *step, 0.1, output, window=case.window, soft_cap=case.soft_cap
+        )  # fmt: skip
     workspace = DecodeWorkspace.make(table, T, G * J * M, 4)
     return lambda: decode(
-        projected, cache, table, *step, 0.1, output, workspace, max_queries=queries, num_splits=4
+        projected, cache, table, *step, 0.1, output, workspace, max_queries=queries, num_splits=4,
+        window=case.window, soft_cap=case.soft_cap,
     )  # fmt: skip

@@ -13,6 +13,23 @@ import numpy as np
 import pytest
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")
+WINDOW = 24
+WINDOWED: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": WINDOW},
+    # A window in every other layer, and a cap that scores reach.
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 1.0,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+    },
+}
 TEXT = "the river ran past an old mill where nobody had ground any flour for years and years , so they said ."
 MAX_POSITIONS = 2048
 
@@ -25,6 +42,12 @@ def random_text(num_words: int, seed: int = 0) -> str:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Every architecture in turn that `tiny_model` makes."""
     return request.param
+
+
+@pytest.fixture(params=WINDOWED)
+def windowed(request: pytest.FixtureRequest) -> tuple[str, dict[str, object]]:
+    """Arguments of `tiny_model` for architectures whose layers, some or all, have a window of 24 tokens."""
+    return request.param, WINDOWED[request.param]
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +117,7 @@ def save_tiny_model(folder: Path, architecture: str, tokenizer: object, **overri
     }
     if architecture in ("mistral", "phi3"):
         settings["sliding_window"] = None
-    if architecture in ("llama", "mistral", "qwen3"):
+    if architecture in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
         settings["head_dim"] = 32
     settings |= {key: list(value) if isinstance(value, tuple) else value for key, value in overrides.items()}
     config = AutoConfig.for_model(architecture, **settings)

@@ -110,6 +110,18 @@ class Adapter:
                 "--output ADAPTER"
             )
 
+    def check_soft_cap(self) -> None:
+        """Raises ValueError unless all means of keys are 0, as a model that caps its attention scores needs.
+
+        A mean that is not stored shifts all scores of a query alike, which softmax ignores and a cap does not.
+        """
+        if any(bases.key_mean.any() for bases in self.bases):
+            raise ValueError(
+                f"the adapter stores keys less their mean, and {self.config.base_model_name_or_path} has a soft-cap of "
+                "attention scores, which have to be whole where they are capped. Make the adapter again: "
+                "vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+            )
+
     def save(self, folder: str | Path, card: str) -> None:
         """Writes the whole folder at once: it is complete or absent, never half written."""
         folder = check_output(folder)

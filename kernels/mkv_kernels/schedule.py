@@ -10,11 +10,16 @@ import torch
 
 MAX_SCORES = 1 << 24
 """Scores per query head that one bucket may hold: bounds the mask and the gathered pages of a long prefill."""
+LEAST_STRETCH = 64
+"""Queries behind a window shorter than that are not cut further."""
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Requests, or a stretch of one request's queries, that attend together, padded to common lengths.
+
+    Cached tokens are counted from the first page on that one of the queries sees anything of: with a window, pages
+    before it are not read.
 
     Shapes, with B requests, Q queries each and L cached tokens each:
         blocks: [B, ceil(L / block_size)] int64, 0 where a request has no block
@@ -43,8 +48,8 @@ class Decodes:
     """Queries that attend one by one: those of the requests that have few of them.
 
     Shapes:
-        requests, tokens, lengths: [queries] int64, row of the block table, token of the step, and cached tokens that it
-            sees, its own included
+        requests, tokens, lengths: [queries] int64, row of the block table, token of the step, and cached tokens up to
+            it, its own included: all that it sees where there is no window
         block_table: [num_reqs, blocks] int32
     """
 
@@ -85,6 +90,7 @@ def make_buckets(
     dtype: torch.dtype,
     max_scores: int = MAX_SCORES,
     requests: list[int] | None = None,
+    window: int = 0,
 ) -> list[Bucket]:
     """Buckets requests of like lengths, so that padding stays below a factor of two in queries and in context.
 
@@ -96,43 +102,57 @@ def make_buckets(
         dtype: of queries and cache, which the masks get.
         max_scores: see MAX_SCORES.
         requests: those to bucket; None for all.
+        window: tokens that a query sees, its own included; 0 for all that come before it.
     """
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-    by_size: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    by_size: dict[tuple[int, int], list[Stretch]] = {}
     for request in range(len(lens)) if requests is None else requests:
         seq_len = lens[request]
         start, stop = starts[request], starts[request + 1]
         # A stretch of queries sees nothing after its last one, so long prefills are cut into stretches.
         stride = max(1, max_scores // max(seq_len, 1))
+        if window:
+            # Nor anything before its first one's window.
+            stride = min(stride, max(window, LEAST_STRETCH))
         for first in range(start, stop, stride):
             last = min(first + stride, stop)
             context = seq_len - (stop - last)
+            skipped = max(0, context - (last - first) - window + 1) // block_size if window else 0
+            context -= skipped * block_size
             size = ((last - first - 1).bit_length(), (-(-context // block_size) - 1).bit_length())
-            by_size.setdefault(size, []).append((request, first, last - first, context))
+            by_size.setdefault(size, []).append((request, first, last - first, skipped, context))
     buckets = []
     for stretches in by_size.values():
-        per_stretch = max(count for _, _, count, _ in stretches) * max(context for *_, context in stretches)
+        per_stretch = max(count for _, _, count, *_ in stretches) * max(context for *_, context in stretches)
         at_once = max(1, max_scores // per_stretch)
         for i in range(0, len(stretches), at_once):
-            buckets.append(_make_bucket(stretches[i : i + at_once], block_table, block_size, dtype))
+            buckets.append(_make_bucket(stretches[i : i + at_once], block_table, block_size, dtype, window))
     return buckets
 
 
+Stretch = tuple[int, int, int, int, int]
+"""Request; first query, as token of the step; queries; pages before all that they see; tokens from there on."""
+
+
 def _make_bucket(
-    stretches: list[tuple[int, int, int, int]], block_table: torch.Tensor, block_size: int, dtype: torch.dtype
+    stretches: list[Stretch], block_table: torch.Tensor, block_size: int, dtype: torch.dtype, window: int
 ) -> Bucket:
     device = block_table.device
-    request, first, count, context = (torch.tensor(column) for column in zip(*stretches, strict=True))
+    request, first, count, skipped, context = (torch.tensor(column) for column in zip(*stretches, strict=True))
     num_queries, length, first_unused = int(count.max()), int(context.max()), int(context.min())
-    num_blocks = -(-length // block_size)
-    blocks = block_table[request.to(device), :num_blocks].long()
-    in_use = torch.arange(num_blocks) * block_size < context[:, None]
+    page = torch.arange(-(-length // block_size))
+    in_use = page * block_size < context[:, None]
+    places = torch.where(in_use, skipped[:, None] + page, 0)
+    blocks = block_table[request[:, None].to(device), places.to(device)].long()
     # Rows beyond a stretch's queries repeat its last one, so that no row is without a key to attend to.
     query = torch.minimum(torch.arange(num_queries), count[:, None] - 1)
     position = torch.arange(length)
     mask = unused = rows = None
-    if num_queries != length or first_unused != length:
-        sees = position <= ((context - count)[:, None] + query)[:, :, None]
+    if num_queries != length or first_unused != length or 0 < window < length:
+        last_seen = ((context - count)[:, None] + query)[:, :, None]
+        sees = position <= last_seen
+        if window:
+            sees &= position > last_seen - window
         mask = torch.where(sees, 0.0, -torch.inf)[:, None].to(device, dtype)
     if first_unused != length:
         unused = (position[first_unused:] >= context[:, None])[:, :, None].to(device)

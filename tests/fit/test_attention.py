@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identities of the reference attention, on tiny random models of every architecture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.allocation import Allocation, CacheShape
-from vllm_mkv.fit.attention import attention_layers, intercepted
+from vllm_mkv.fit.attention import Scores, attention_layers, intercepted, layer_index, scores_of
+from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.truncation import by_group, by_head, truncated
 
 FULL_RANK_TOLERANCE = 2e-5
@@ -16,7 +18,7 @@ FULL_RANK_TOLERANCE = 2e-5
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return Source(str(folder)).load(device="cpu")
 
 
 def logits(model, ids):
@@ -52,6 +54,42 @@ def test_full_rank_is_exact_in_every_architecture(tiny_model, make_adapter, arch
     assert_full_rank_is_exact(folder, make_adapter(folder, group_heads, basis))
 
 
+@pytest.mark.parametrize("group_heads", [1, 4])
+def test_full_rank_is_exact_with_windows_and_soft_caps(tiny_model, make_adapter, windowed, group_heads):
+    architecture, settings = windowed
+    folder = tiny_model(architecture, **settings)
+    assert_full_rank_is_exact(folder, make_adapter(folder, group_heads))
+    # What is tested is there.
+    plain = tiny_model(architecture, **settings | {"sliding_window": 1024})
+    ids = random_ids(63)
+    changed = (logits(load(plain), ids) - logits(load(folder), ids)).abs().amax((0, 2))
+    assert changed[:24].max() < 1e-3 < 0.1 < changed[24:].max()
+    if "attn_logit_softcapping" in settings:
+        plain = tiny_model(architecture, **settings | {"attn_logit_softcapping": None})
+        assert (logits(load(plain), ids) - logits(load(folder), ids)).abs().max() > 0.1
+
+
+def test_weights_are_those_of_the_models_own_attention(tiny_model, windowed):
+    """The search weighs errors of values by them."""
+    architecture, settings = windowed
+    folder = tiny_model(architecture, **settings)
+    model, ids, found = load(folder), random_ids(63), {}
+
+    def compare(module, query, key, value):
+        scores, repeats = scores_of(module), query.shape[1] // key.shape[1]
+        sees = scores.sees(63, 63, query.device)
+        found[layer_index(module)] = scores.weights(query, key.repeat_interleave(repeats, 1), sees)
+        return key, value
+
+    with intercepted(model, compare):
+        logits(model, ids)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    for layer, weights in enumerate(wanted):
+        torch.testing.assert_close(found[layer], weights, rtol=0, atol=1e-5)
+
+
 def test_full_rank_is_exact_without_rotary_embedding(tiny_model, make_adapter):
     # GPT-2, which also has fused transposed projections and an output projection of another name.
     folder = tiny_model("gpt2", num_key_value_heads=8, n_positions=256)
@@ -69,8 +107,9 @@ def test_generation_through_the_cache_equals_one_forward_pass(tiny_model, make_a
     assert torch.equal(whole[:, 16:-1].argmax(-1), new[:, 17:])
 
 
-def test_padding_on_the_left_changes_nothing(tiny_model, make_adapter):
-    folder = tiny_model("qwen2")
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_padding_on_the_left_changes_nothing(architecture, tiny_model, make_adapter):
+    folder = tiny_model(architecture)
     model, adapter = load(folder), Adapter.load(make_adapter(folder, 2))
     ids = random_ids(15)
     padded = torch.cat([torch.ones(1, 6, dtype=torch.long), ids], 1)
@@ -79,6 +118,14 @@ def test_padding_on_the_left_changes_nothing(tiny_model, make_adapter):
         alone = model(input_ids=ids).logits
         beside = model(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     torch.testing.assert_close(beside[:, 6:], alone, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Modules that have never attended count as plain attention."""
+    from vllm_mkv.fit import truncation
+
+    monkeypatch.setattr(truncation, "scores_of", lambda module: Scores(1.0, None, None))
 
 
 def by_hand(adapter, layer, side, heads, ranks):
@@ -102,7 +149,7 @@ def by_hand(adapter, layer, side, heads, ranks):
 
 
 @pytest.mark.parametrize("group_heads", [1, 2, 4])
-def test_truncated_keys_and_values_follow_the_formula(tiny_model, make_adapter, uneven_path, group_heads):
+def test_truncated_keys_and_values_follow_the_formula(plain, tiny_model, make_adapter, uneven_path, group_heads):
     from vllm_mkv.fit.truncation import Truncation
 
     folder = tiny_model("llama")
@@ -207,7 +254,7 @@ def quantised_by_hand(x, widths):
 
 
 @pytest.mark.parametrize("group_heads", [1, 2])
-def test_tiers_follow_the_formula(tiny_model, make_adapter, uneven_path, group_heads):
+def test_tiers_follow_the_formula(plain, tiny_model, make_adapter, uneven_path, group_heads):
     from vllm_mkv.fit.truncation import Truncation
 
     folder = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
@@ -244,8 +291,6 @@ def test_an_allocation_or_a_model_of_another_shape_is_refused(tiny_model, make_a
 
 
 REFUSED_LAYERS = {
-    "sliding window of 8": ("mistral", {"sliding_window": 8}),
-    "an attention soft-cap": ("gemma2", {"head_dim": 32, "layer_types": ("full_attention",) * 3}),
     "attention sinks": (
         "gpt_oss",
         {"head_dim": 32, "num_local_experts": 2, "layer_types": ("full_attention",) * 3, "sliding_window": 2048},
@@ -263,5 +308,14 @@ def test_attention_of_another_kind_is_refused_by_name(tiny_model, feature):
         attention_layers(model)
 
 
-def test_a_window_as_long_as_the_context_is_full_attention(tiny_model):
-    assert len(attention_layers(load(tiny_model("mistral", sliding_window=2048)))) == 3
+def test_a_mean_of_keys_is_refused_where_scores_are_capped(tiny_model, make_adapter):
+    folder = tiny_model("gemma2", attn_logit_softcapping=1.0)
+    adapter = Adapter.load(make_adapter(folder))
+    assert not any(bases.key_mean.any() for bases in adapter.bases)
+    assert all(bases.value_mean.any() for bases in adapter.bases)
+    bases = tuple(replace(bases, key_mean=bases.value_mean) for bases in adapter.bases)
+    shifted = replace(adapter, bases=bases)
+    model = load(folder)
+    refusal = pytest.raises(ValueError, match=r"keys less their mean, and .* has a soft-cap .*vllm-mkv calibrate")
+    with truncated(model, shifted, adapter.path.replay(1.0)), refusal:
+        logits(model, random_ids(2))

@@ -181,7 +181,7 @@ def test_an_interruption_leaves_nothing(tiny_model, text_file, tmp_path, monkeyp
     [
         ("t5", {}, "encoder-decoder"),
         ("deepseek_v3", {}, "MLA"),
-        ("gemma3_text", {}, "layers of kind sliding_attention"),
+        ("llama4_text", {}, "layers of kind chunked_attention"),
         ("qwen3_next", {}, "layers of kind linear_attention"),
     ],
 )

@@ -219,6 +219,27 @@ def test_ranks_alone(tiny_model, make_adapter, text_file, tmp_path):
     assert adapter.config.quality == []
 
 
+def test_windows_and_soft_caps(windowed, tiny_model, make_adapter, text_file, tmp_path):
+    architecture, settings = windowed
+    folder = tiny_model(architecture, **settings)
+    loaded = Adapter.load(make_adapter(folder, 2))
+    adapter, found = search(loaded, [str(text_file)], output=tmp_path / "a", **SETTINGS)
+    divergences = [row["kl"] for row in adapter.config.quality]
+    assert divergences == sorted(divergences) and divergences[1] < 0.05 * divergences[-1]
+    assert (found.rates > 0).all() and np.isfinite(found.damage).all()
+    # Coordinates are whitened as they are stored: keys less no mean where scores are capped.
+    capped = "attn_logit_softcapping" in settings
+    network = Source(str(folder)).load("float32", "cpu")
+    tokens = token_windows([str(text_file)], Source(str(folder)).tokenizer(), num_windows=16, context=64, seed=0)
+    for layer, statistics in attention_statistics(network, 2, tokens).items():
+        bases = adapter.bases[layer]
+        assert bases.key_mean.any() != capped
+        stored = statistics.key.second if capped else statistics.key.covariance
+        A = torch.from_numpy(bases.A).double()
+        variances = (A.mT @ stored @ A).diagonal(dim1=1, dim2=2)
+        assert 0.7 < variances.mean() < 1.4, (layer, variances.mean())
+
+
 def test_shards_are_balanced_in_what_is_written(tiny_model, make_adapter, text_file, tmp_path):
     loaded = Adapter.load(make_adapter(tiny_model("llama"), 1))
     adapter, _ = search(loaded, [str(text_file)], output=tmp_path / "a", shards=2, **(SETTINGS | {"eval_windows": 0}))

@@ -93,6 +93,8 @@ class FusedLayer:
         dtype: torch.dtype = torch.float32,
         fold_down: bool = False,
         fold_up: bool = False,
+        window: int = 0,
+        soft_cap: float = 0.0,
         seed: int = 0,
     ) -> None:
         from mkv_kernels.fused.table import LayerTable
@@ -100,6 +102,7 @@ class FusedLayer:
         torch.manual_seed(seed)
         widths = widths or block_widths(J * d, *groups)
         self.J, self.M, self.d, self.dtype, self.G, n = J, M, d, dtype, len(widths), J * d
+        self.window, self.soft_cap = window, soft_cap
         A, C = torch.eye(n) + torch.randn(2, self.G, n, n) / (4 * n**0.5)
         self.layout = PageLayout(tuple(widths), block_size, dtype.itemsize)
         self.bases = LayerBases.cut(
@@ -174,9 +177,21 @@ class FusedLayer:
             step.block_table[:filled],
             self.layout.block_size,
             self.dtype,
+            window=self.window,
         )
-        attend(self.by_run(step.query), view_pages(self.cache, self.layout), self.bases, buckets, SCALE, output)
+        pages = view_pages(self.cache, self.layout)
+        attend(self.by_run(step.query), pages, self.bases, buckets, SCALE, output, self.soft_cap)
         return output
+
+    def poison_before_windows(self, step: Step) -> int:
+        """Fills pages that no query of their request sees anything of with NaN; returns how many there were."""
+        block_size, poisoned = self.layout.block_size, 0
+        counts, lengths = step.query_start_loc.diff().tolist(), step.seq_lens.tolist()
+        for blocks, count, length in zip(step.block_table, counts, lengths, strict=True):
+            before = max(0, length - count - self.window + 1) // block_size
+            self.memory.view(torch.uint8)[blocks[:before].long()] = 0xFF
+            poisoned += before
+        return poisoned
 
     def expected(self, step: Step) -> torch.Tensor:
         """In float64, of the coordinates that the pages hold."""
@@ -186,11 +201,15 @@ class FusedLayer:
             own = slice(starts[request], starts[request + 1])
             count = own.stop - own.start
             table = step.block_table[request : request + 1, : -(-length // self.layout.block_size)].long()
-            future = torch.ones(count, length, device=DEVICE).triu(length - count + 1).bool()
+            hidden = torch.ones(count, length, device=DEVICE).triu(length - count + 1).bool()
+            if self.window:
+                hidden |= torch.ones_like(hidden).tril(length - count - self.window)
             for q, page, run in zip(self.by_run(step.query[own]), pages, self.bases.runs, strict=True):
                 k, v = (side.read(table, length, torch.float64)[:, 0] for side in (page.key, page.value))
                 s = torch.einsum("tgjmr,glr->gjmtl", q.double(), k) * SCALE
-                p = s.masked_fill(future, -torch.inf).softmax(-1)
+                if self.soft_cap:
+                    s = self.soft_cap * (s / self.soft_cap).tanh()
+                p = s.masked_fill(hidden, -torch.inf).softmax(-1)
                 o = torch.einsum("gjmtl,glr->tgjmr", p, v)
                 if run.value_up is None:
                     o = torch.nn.functional.pad(o, (0, self.d - o.shape[-1]))

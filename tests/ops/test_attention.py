@@ -40,8 +40,11 @@ class Layer:
         dtype=torch.float64,
         fold_down=False,
         fold_up=False,
+        window=0,
+        soft_cap=0.0,
     ) -> None:
         torch.manual_seed(0)
+        self.window, self.soft_cap = window, soft_cap
         self.d, self.J, self.M, self.block_size, self.dtype = d, J, M, block_size, dtype
         self.n = d * J
         self.widths = widths or tuple((blocks(k, self.n), blocks(v, self.n)) for k, v in ranks)
@@ -78,7 +81,9 @@ class Layer:
         """Of one whole request, in float64."""
         T = q.shape[0]
         out = torch.empty(T, self.G, self.J, self.M, self.d, dtype=torch.float64)
-        future = torch.ones(T, T).triu(1).bool()
+        hidden = torch.ones(T, T).triu(1).bool()
+        if self.window:
+            hidden |= torch.ones(T, T).tril(-self.window).bool()
         for g, (widths_k, widths_v) in enumerate(self.widths):
             down = (k.double().view(T, self.G, -1)[:, g] - self.key_mean[g]) @ self.A[g]
             k_hat = round_trip(down, widths_k) @ self.B[g].T
@@ -87,12 +92,17 @@ class Layer:
             for j, m in itertools.product(range(self.J), range(self.M)):
                 head = slice(j * self.d, (j + 1) * self.d)
                 scores = q.double().view(T, self.G, self.J, self.M, -1)[:, g, j, m] @ k_hat[:, head].T * SCALE
-                out[:, g, j, m] = scores.masked_fill(future, -torch.inf).softmax(-1) @ v_hat[:, head]
+                if self.soft_cap:
+                    scores = self.soft_cap * (scores / self.soft_cap).tanh()
+                out[:, g, j, m] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v_hat[:, head]
         return out.view(T, -1, self.d)
 
 
 def run_in_chunks(layer: Layer, requests, seed: int, fold_C=None) -> list[torch.Tensor]:
-    """Feeds whole requests in random chunks, in mixed batches, through shuffled blocks."""
+    """Feeds whole requests in random chunks, in mixed batches, through shuffled blocks.
+
+    What lies before all windows to come becomes NaN.
+    """
     rng = random.Random(seed)
     bs = layer.block_size
     free = list(range(1, 64))
@@ -112,12 +122,15 @@ def run_in_chunks(layer: Layer, requests, seed: int, fold_C=None) -> list[torch.
         starts = torch.tensor([0, *itertools.accumulate(chunk[i] for i in active)])
         lens = torch.tensor([done[i] + chunk[i] for i in active])
         scores = rng.choice([1 << 24, 300])
-        buckets = make_buckets(starts, lens, block_table[active], bs, layer.dtype, max_scores=scores)
+        table = block_table[active]
+        buckets = make_buckets(starts, lens, table, bs, layer.dtype, max_scores=scores, window=layer.window)
         output = torch.full_like(q, float("nan"))
-        attend(projected, layer.pages, layer.bases, buckets, SCALE, output)
+        attend(projected, layer.pages, layer.bases, buckets, SCALE, output, layer.soft_cap)
         for i, out in zip(active, output.split([chunk[i] for i in active]), strict=True):
             outputs[i].append(out)
             done[i] += chunk[i]
+            if layer.window:
+                layer.memory[tables[i][: max(0, done[i] - layer.window + 1) // bs]] = float("nan")
     return [torch.cat(parts) for parts in outputs]
 
 
@@ -139,6 +152,28 @@ def test_any_mix_of_chunks_equals_the_formula(shape, seed):
     for found, request in zip(run_in_chunks(layer, requests, seed), requests, strict=True):
         # Projections are float32 by contract, so 64 bits elsewhere leave its rounding alone.
         torch.testing.assert_close(found.double(), layer.expected(*request), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("J", [1, 2])
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(1, 0.0), (5, 0.5), (16, 0.0), (64, 0.5), (70, 0.0), (100, 0.0), (1000, 0.0), (0, 0.5)]
+)
+def test_windows_and_soft_caps_in_any_mix_of_chunks(window, soft_cap, J):
+    ranks = ((32 * J, 16), (16, 32 * J))
+    layer = Layer(J=J, ranks=ranks, window=window, soft_cap=soft_cap, block_size=8)
+    requests = [layer.inputs(length) for length in LENGTHS]
+    for seed in range(3):
+        for found, request in zip(run_in_chunks(layer, requests, seed), requests, strict=True):
+            torch.testing.assert_close(found.double(), layer.expected(*request), atol=2e-5, rtol=2e-5)
+
+
+def test_buckets_hold_no_more_than_windows():
+    block_table = torch.arange(1000, dtype=torch.int32)[None]
+    for chunk, window, pages in ((1, 100, 7), (1, 113, 8), (4096, 512, 64)):
+        starts, lens = torch.tensor([0, chunk]), torch.tensor([16000])
+        buckets = make_buckets(starts, lens, block_table, 16, torch.float32, window=window)
+        assert max(bucket.blocks.shape[1] for bucket in buckets) == pages
+        assert sum(len(bucket.tokens) for bucket in buckets) == chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

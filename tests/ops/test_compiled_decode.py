@@ -50,14 +50,17 @@ SHAPES = {
 
 
 def run(layer, step, kind, max_queries=1):
-    kernel = decode.LayerDecode(layer.bases, SCALE, layer.num_heads, layer.dtype, decode.DecodeScratch(), kind=kind)
+    scores = {"window": layer.window, "soft_cap": layer.soft_cap}
+    scratch = decode.DecodeScratch()
+    kernel = decode.LayerDecode(layer.bases, SCALE, layer.num_heads, layer.dtype, scratch, kind=kind, **scores)
     output = torch.full((len(step.query), layer.num_heads, layer.d), float("nan"), dtype=layer.dtype)
     decodes, others = split_decodes(step.query_start_loc, step.seq_lens, step.block_table, max_queries)
     query = layer.by_run(step.query)
     if others:
         arguments = step.query_start_loc, step.seq_lens, step.block_table, layer.layout.block_size, layer.dtype
         pages = view_pages(layer.cache, layer.layout)
-        attend(query, pages, layer.bases, make_buckets(*arguments, requests=others), SCALE, output)
+        buckets = make_buckets(*arguments, requests=others, window=layer.window)
+        attend(query, pages, layer.bases, buckets, SCALE, output, layer.soft_cap)
     if decodes is not None:
         kernel(query, layer.cache, decodes, output)
     return output
@@ -78,6 +81,22 @@ def test_equals_the_twin(shape, kind, make_layer):
     # The longest takes 63 pages of 16 tokens, of 80.
     step = layer.step(LENGTHS, [1] * len(LENGTHS))
     layer.check(run(layer, step, number), step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("J", [1, 2])
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (5, 1.0), (16, 0.0), (100, 0.5), (1000, 0.0), (0, 1.0)])
+def test_windows_and_soft_caps(window, soft_cap, J, kind, make_layer, monkeypatch):
+    dtype, number = KINDS[kind]
+    requires(number)
+    monkeypatch.setattr(decode, "LEAST_SPLIT", 32)
+    groups = ("16x1 8x1 4x1 2x1", "16x1 8x1 2x2"), ("4x4", "16x2")
+    layer = make_layer(*groups, J=J, dtype=dtype, window=window, soft_cap=soft_cap)
+    step = layer.step((1, 17, 130, 600, 100), (1, 3, 2, 1, 50))
+    layer.check(found := run(layer, step, number, max_queries=4), step)
+    if window:
+        assert layer.poison_before_windows(step) or window == 1000
+        assert torch.equal(run(layer, step, number, max_queries=4), found), "something before a window was read"
 
 
 def test_contexts_are_split_among_threads(make_layer, monkeypatch):
@@ -115,6 +134,14 @@ def test_a_hundred_times_larger_scores_stay_finite(make_layer):
     step = layer.step((63, 300), (1, 1))
     step.query.mul_(100)
     torch.testing.assert_close(run(layer, step, vector.FLOAT32), layer.twin(step), atol=1e-3, rtol=1e-3)
+
+
+def test_a_soft_cap_of_scores_that_are_far_beyond_it(make_layer):
+    layer = make_layer(*TIERS, soft_cap=2.0)
+    step = layer.step((63, 300), (1, 1))
+    step.query.mul_(1e6)
+    found = run(layer, step, vector.FLOAT32)
+    torch.testing.assert_close(found.double(), layer.expected(step), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("width", [4, 2])

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mkv_kernels.fused import decode as module
-from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode
+from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode, visible_tokens
 
 SCALE = 0.2
 LENGTHS = (1, 15, 16, 17, 63)
@@ -32,6 +32,8 @@ def run(layer, step, *, max_queries=1, num_splits=1, reserved=None):
         workspace,
         max_queries=max_queries,
         num_splits=num_splits,
+        window=layer.window,
+        soft_cap=layer.soft_cap,
     )
     return output
 
@@ -94,6 +96,29 @@ def test_speculative_queries_and_padding(make_layer, J, M, queries):
     layer.check(run(layer, step, max_queries=max(queries), num_splits=2), step)
 
 
+@pytest.mark.parametrize(
+    ("J", "dtype", "queries"), [(1, torch.float32, (1, 3, 2, 4)), (2, HALF, (1, 1, 1, 1)), (2, HALF, (1, 4, 1, 3))]
+)
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (5, 1.0), (16, 0.0), (100, 0.5), (1000, 0.0), (0, 1.0)])
+def test_windows_and_soft_caps(make_layer, window, soft_cap, J, dtype, queries):
+    groups = ("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")
+    layer = make_layer(*groups, J=J, dtype=dtype, window=window, soft_cap=soft_cap)
+    step = layer.step((1, 17, 130, 260), queries, padding=1)
+    for num_splits in (1, 4):
+        layer.check(found := run(layer, step, max_queries=max(queries), num_splits=num_splits), step)
+    if window:
+        assert layer.poison_before_windows(step) or window == 1000
+        again = run(layer, step, max_queries=max(queries), num_splits=num_splits)
+        assert torch.equal(again, found), "something before a window was read"
+
+
+def test_a_soft_cap_of_scores_that_are_far_beyond_it(make_layer):
+    layer = make_layer(("16x1 4x2", "8x1 2x2"), soft_cap=2.0)
+    step = layer.step((63,), (1,))
+    step.query.mul_(1e6)
+    torch.testing.assert_close(run(layer, step).double(), layer.expected(step), atol=1e-3, rtol=1e-3)
+
+
 def test_a_request_does_not_depend_on_its_neighbours(make_layer):
     layer = make_layer(("16x1 4x2", "8x1 2x2"), ("4x4", "16x2"))
     step = layer.step([33, 100], [1, 1])
@@ -131,6 +156,8 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
     assert choose_splits(layer.table, 200, 1 << 17, 132) == 2
     assert choose_splits(layer.table, 1, 1 << 17, 132) == 256
     assert choose_splits(layer.table, 1, 300, 132) == 1
+    assert visible_tokens(5000, 1, 0) == 5000 and visible_tokens(100, 4, 512) == 100
+    assert choose_splits(layer.table, 1, visible_tokens(1 << 17, 4, 512), 132) == 2
     heavy, light = layer.table.work[8].spans.tolist()
     assert heavy == [0, 8] and light == [8, 2], "splits follow the bytes, the heavy group is first"
 
@@ -167,6 +194,10 @@ def test_errors_name_the_mend(make_layer):
         run(layer, step, max_queries=17)
     with pytest.raises(ValueError, match="workspace's partial"):
         run(layer, step, num_splits=8, reserved=1)
+    layer.window = -1
+    with pytest.raises(ValueError, match=r"a window of -1 .*pass 0 for none"):
+        run(layer, step)
+    layer.window = 0
     step.seq_lens = step.seq_lens.long()
     with pytest.raises(ValueError, match=r"seq_lens is torch\.int64"):
         run(layer, step)

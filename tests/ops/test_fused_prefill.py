@@ -18,7 +18,8 @@ def run(layer, step, output=None):
     if output is None:
         shape = (len(step.query), layer.num_heads, layer.d)
         output = torch.full(shape, float("nan"), dtype=layer.dtype, device=step.query.device)
-    prefill(step.query, layer.cache, layer.table, *step.integers, SCALE, output)
+    scores = {"window": layer.window, "soft_cap": layer.soft_cap}
+    prefill(step.query, layer.cache, layer.table, *step.integers, SCALE, output, **scores)
     return output
 
 
@@ -70,6 +71,20 @@ def test_some_of_a_steps_requests(make_layer):
     step.query_start_loc = step.query_start_loc[1:]
     run(layer, step, part)
     assert torch.equal(part[1:], whole[1:]) and (part[:1] == 0).all()
+
+
+@pytest.mark.parametrize(("J", "dtype"), [(1, torch.float32), (2, HALF)])
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (5, 1.0), (16, 0.0), (100, 0.5), (1000, 0.0), (0, 1.0)])
+def test_windows_and_soft_caps(make_layer, window, soft_cap, J, dtype):
+    """Whole prompts, and chunks that begin within, at the end of and far behind a window."""
+    groups = ("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")
+    layer = make_layer(*groups, J=J, dtype=dtype, window=window, soft_cap=soft_cap)
+    step = layer.step((63, 17, 300, 130, 1), (63, 2, 41, 129, 1))
+    found = run(layer, step)
+    layer.check(found, step)
+    if window:
+        assert layer.poison_before_windows(step) or window == 1000
+        assert torch.equal(run(layer, step), found), "something before a window was read"
 
 
 @st.composite

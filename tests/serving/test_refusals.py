@@ -7,8 +7,10 @@ The models of the refusals are configurations without weights.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +170,7 @@ def passes(start, monkeypatch) -> Callable[..., Any]:
 
 class NoPlan:
     digest = "0123"
+    adapter = SimpleNamespace(config=SimpleNamespace(made={}))
 
     def describe(self) -> str:
         return "no plan"
@@ -187,7 +190,6 @@ OTHER = "serve this model with another backend"
         ("bloom", "ALiBi"),
         ("falcon-alibi", "ALiBi"),
         ("gpt-oss", "attention sinks"),
-        ("gemma2", "a soft-cap of attention scores"),
         ("llama4", "a model with layers of kinds chunked_attention"),
         ("jamba", "a model with layers of kinds full_attention, linear_attention"),
         ("mamba", "a model with layers of kinds linear_attention"),
@@ -198,10 +200,23 @@ def test_attention_of_another_kind(refused, model, feature):
     refused(feature, OTHER, model)
 
 
+@pytest.mark.parametrize("model", ["mistral-window", "qwen2-window", "gemma3", "gemma2"])
+def test_windows_and_soft_caps(passes, model, monkeypatch):
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
+    passes(model)
+    assert not [record for record in records if record.levelname == "WARNING"]
+    passes(model, max_model_len=65)
+    warnings = [record.getMessage() for record in records if record.levelname == "WARNING"]
+    if model == "gemma2":
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and "keep all tokens, not 64" in warnings[0]
+
+
 @pytest.mark.parametrize("model", ["mistral-window", "qwen2-window", "gemma3"])
-def test_sliding_windows(refused, passes, model):
-    refused("a sliding window", "--disable-sliding-window", model)
-    # The mend that the message names is one: contexts end where the window does.
+def test_windows_that_are_switched_off(passes, model):
+    """vLLM ends contexts where the window does."""
     config = passes(model, disable_sliding_window=True, max_model_len=None)
     assert config.model_config.max_model_len == 64
 
@@ -309,9 +324,14 @@ def test_mkv_for_some_layers(start, backends):
         start(**kinds(backend, **by_kind))
 
 
-def test_mkv_by_kind_for_all_layers(passes):
+def test_mkv_by_kind_for_all_layers(passes, start):
     passes(**kinds(full_attention="mkv"))
     passes(**kinds("CPU_ATTN", full_attention="mkv"))
+    passes("mistral-window", **kinds(sliding_window="mkv"))
+    passes("gemma3", **kinds(sliding_window="mkv", full_attention="mkv"))
+    for kind in ("full_attention", "sliding_window"):
+        with pytest.raises(NotImplementedError, match="MKV beside other attention backends"):
+            start("gemma3", **kinds(**{kind: "mkv"}))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,25 @@ def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving):
     assert differ.max() < 0.3 and differ.mean() < 0.1
 
 
+@pytest.mark.parametrize(("windowed", "group_heads"), [("mistral", 1), ("gemma2", 2)], indirect=["windowed"])
+def test_windows_and_soft_caps_give_what_pytorch_gives(
+    group_heads, windowed, tiny_model, make_adapter, uneven_path, serving
+):
+    from vllm_mkv.adapter import Adapter
+
+    architecture, settings = windowed
+    model = tiny_model(architecture, **settings)
+    shape = Adapter.load(make_adapter(model, group_heads=group_heads)).shape
+    adapter = make_adapter(model, group_heads=group_heads, path=uneven_path(shape))
+    runs = [
+        with_kernels(serving, model, adapter, 0.6, kernels, max_num_batched_tokens=64, enable_chunked_prefill=True)
+        for kernels in ("torch", "triton")
+    ]
+    (tokens, logprobs), (triton_tokens, triton_logprobs) = generate(runs, serving.random_prompts((5, 90, 33, 1)))
+    assert triton_tokens == tokens
+    np.testing.assert_allclose(np.concatenate(triton_logprobs), np.concatenate(logprobs), atol=1e-3)
+
+
 def test_drafts_are_decoded_together(tiny_model, make_adapter, serving):
     model = tiny_model("llama")
     adapter = make_adapter(model)

@@ -3,13 +3,14 @@
 
 No model code is copied: `intercepted` gives every attention layer of any model that calls its attention through
 `transformers.AttentionInterface` a handler, which gets queries, keys and values after RoPE and returns the keys and
-values that scaled dot-product attention then uses.
+values that attention then uses. Windows are in the masks that models make; soft-caps are computed here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,38 @@ NAME = "mkv"
 Handler = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(attention module, q [B, H, T, d], k [B, Hkv, S, d], v [B, Hkv, S, d]) -> (k, v) to attend with."""
 
+
+@dataclass(frozen=True)
+class Scores:
+    """What a layer makes of products of queries and keys.
+
+    window: tokens that a query sees, its own included; None for all up to it.
+    soft_cap: scores s are soft_cap tanh(s / soft_cap) where it is not None.
+    """
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+    def sees(self, num_queries: int, num_tokens: int, device: torch.device) -> Tensor:
+        """Which tokens each of the last queries sees, [num_queries, num_tokens] bool."""
+        sees = torch.ones(num_queries, num_tokens, dtype=torch.bool, device=device)
+        last = num_tokens - num_queries
+        sees = sees.tril(last)
+        return sees if self.window is None else sees.triu(last + 1 - self.window)
+
+    def weights(self, query: Tensor, key: Tensor, sees: Tensor) -> Tensor:
+        """Of q [.., T, d] and k [.., S, d], with `sees` bool [.., T, S]: [.., T, S] in float32 at least."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        s = query.to(dtype) @ key.to(dtype).mT * self.scale
+        if self.soft_cap is not None:
+            s = self.soft_cap * torch.tanh(s / self.soft_cap)
+        # A padding token may see nothing; it must not make the others NaN.
+        return s.masked_fill(~sees, torch.finfo(dtype).min).softmax(-1)
+
+
 _handlers: WeakKeyDictionary[nn.Module, Handler] = WeakKeyDictionary()
+_scores: WeakKeyDictionary[nn.Module, Scores] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -59,17 +91,36 @@ def _implementation(model: PreTrainedModel) -> dict[str, str]:
 def mkv_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention on the keys and values that the module's handler returns."""
+    """Attention on the keys and values that the module's handler returns."""
     handler = _handlers.get(module)
     if handler is None:
         raise NotImplementedError(f"{type(module).__name__} has no layer index, so its layer in an adapter is unknown")
     refuse_attention(module, key, value, kwargs)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scores = _scores[module] = Scores(scale, kwargs.get("sliding_window"), kwargs.get("softcap"))
     key, value = handler(module, query, key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if scores.soft_cap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return capped_attention(query, key, value, attention_mask, scores), None
+
+
+def capped_attention(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, scores: Scores) -> Tensor:
+    """q [B, H, T, d], k and v [B, Hkv, S, d], `sees` bool [B, 1, T, S] or None for a causal one: [B, T, H, d]."""
+    if sees is None:
+        sees = scores.sees(query.shape[2], key.shape[2], query.device)
+    out = []
+    # A KV head at a time: scores of all of them would take most of the memory.
+    for q, k, v in zip(query.chunk(key.shape[1], 1), key.split(1, 1), value.split(1, 1), strict=True):
+        out.append(scores.weights(q, k, sees).to(v.dtype) @ v)
+    return torch.cat(out, dim=1).transpose(1, 2).contiguous()
+
+
+def scores_of(module: nn.Module) -> Scores:
+    """Of an attention module that `intercepted` calls a handler for."""
+    return _scores[module]
 
 
 REFUSED_ARGUMENTS = {
-    "softcap": "an attention soft-cap",
     "s_aux": "attention sinks",
     "position_bias": "a position bias on its scores",
 }
@@ -78,19 +129,12 @@ REFUSED_ARGUMENTS = {
 
 def refuse_attention(module: nn.Module, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
     """Raises NotImplementedError for kinds of attention that a projected cache does not serve."""
-    window = kwargs.get("sliding_window")
-    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     name = type(module).__name__
     for argument, feature in REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             raise NotImplementedError(
                 f"{name} has {feature}, which a projected cache does not support; use another model"
             )
-    if window is not None and not (longest and window >= longest):
-        raise NotImplementedError(
-            f"{name} attends through a sliding window of {window} tokens, which a projected cache does not support "
-            "yet; use a model with full attention, or one whose window covers its context"
-        )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise NotImplementedError(f"{name} is an encoder's attention; a projected cache is for decoders")

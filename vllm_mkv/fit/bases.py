@@ -28,8 +28,8 @@ INVERSE_TARGET = 1e-5
 def pca_bases(statistics: LayerStatistics, output: Tensor | None) -> LayerBases:
     """Eigenvectors of the covariances of keys and values: A = B = U and C = D^T = U."""
     keys, values = (
-        np.ascontiguousarray(torch.linalg.eigh(moments.covariance).eigenvectors.flip(-1).float().cpu().numpy())
-        for moments in (statistics.key, statistics.value)
+        np.ascontiguousarray(torch.linalg.eigh(covariance).eigenvectors.flip(-1).float().cpu().numpy())
+        for covariance in (statistics.key_covariance, statistics.value.covariance)
     )
     return _layer_bases(statistics, (keys, keys), (values, values))
 
@@ -43,7 +43,7 @@ def query_bases(statistics: LayerStatistics, output: Tensor | None) -> LayerBase
     J = statistics.group_heads
     return _layer_bases(
         statistics,
-        dual_pair(block_diagonal(statistics.query_second, J), statistics.key.covariance),
+        dual_pair(block_diagonal(statistics.query_second, J), statistics.key_covariance),
         dual_pair(block_diagonal(output, J), statistics.value.covariance),
     )
 
@@ -55,7 +55,7 @@ def _layer_bases(
     statistics: LayerStatistics, keys: tuple[np.ndarray, np.ndarray], values: tuple[np.ndarray, np.ndarray]
 ) -> LayerBases:
     D = np.ascontiguousarray(values[1].swapaxes(-1, -2))
-    means = (moments.mean.float().cpu().numpy() for moments in (statistics.key, statistics.value))
+    means = (mean.float().cpu().numpy() for mean in (statistics.key_mean, statistics.value.mean))
     return LayerBases(*keys, values[0], D, *means)
 
 
@@ -115,7 +115,7 @@ def whitened(bases: LayerBases, statistics: LayerStatistics) -> LayerBases:
     So the coordinates of a block look alike, and like those of any other block, as one quantiser for all wants them.
     The subspaces do not change, and it does not matter whether the bases were whitened before.
     """
-    A, B = _whiten(bases.A, statistics.key.covariance)
+    A, B = _whiten(bases.A, statistics.key_covariance)
     C, D = _whiten(bases.C, statistics.value.covariance)
     return replace(bases, A=A, B=B, C=C, D=np.ascontiguousarray(D.swapaxes(-1, -2)))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import BLOCK, WIDTHS
-from vllm_mkv.fit.attention import layer_index
+from vllm_mkv.fit.attention import Scores, layer_index, scores_of
 from vllm_mkv.fit.truncation import Truncation
 
 
@@ -38,11 +38,10 @@ class BlockErrors:
         layer = layer_index(module)
         truncated = self.truncation(module, query, key, value)
         keys, values = self.truncation.layers[layer]
-        scale = getattr(module, "scaling", None) or key.shape[-1] ** -0.5
         products = torch.stack(
             [
                 _products(_errors(keys.coordinates(key))),
-                _attended_products(_errors(values.coordinates(value)), query, key, scale),
+                _attended_products(_errors(values.coordinates(value)), query, key, scores_of(module)),
             ]
         )
         self.products[layer] = self.products.get(layer, 0) + products
@@ -75,18 +74,17 @@ def _products(errors: Tensor) -> Tensor:
     return torch.einsum("wbgsni,wbgsnj->wgnij", e, e).double()
 
 
-def _attended_products(errors: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """As `_products`, of what causal attention makes of the errors; the mean over a group's query heads."""
+def _attended_products(errors: Tensor, query: Tensor, key: Tensor, scores: Scores) -> Tensor:
+    """As `_products`, of what the layer's attention makes of the errors; the mean over a group's query heads."""
     num_heads, num_tokens = query.shape[1:3]
     num_groups = errors.shape[2]
     repeats = num_heads // key.shape[1]
-    future = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).triu(1)
+    sees = scores.sees(num_tokens, num_tokens, query.device)
     sums = []
     for group, heads in enumerate(torch.arange(num_heads).view(num_groups, -1).tolist()):
         of_heads = []
         for head in heads:
-            scores = (query[:, head].float() @ key[:, head // repeats].float().mT) * scale
-            attention = scores.masked_fill(future, -torch.inf).softmax(-1).to(errors.dtype)
+            attention = scores.weights(query[:, head], key[:, head // repeats], sees).to(errors.dtype)
             of_heads.append(_products((attention @ errors[:, :, group])[:, :, None]))
         sums.append(torch.stack(of_heads).mean(0))
     return torch.cat(sums, dim=1)

@@ -79,9 +79,12 @@ class Source:
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         device = choose_device(device)
-        _ = self.config
+        settings = dict(self._where)
+        if getattr(self.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+            # transformers' default, torch's fused operator, leaves the soft-cap of attention scores out.
+            settings["attn_implementation"] = "eager"
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, device_map=device, **self._where)
+            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, device_map=device, **settings)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -113,14 +116,11 @@ def refuse_config(config: Any) -> None:
         raise NotImplementedError(f"{name} has multi-head latent attention (MLA), whose cache is already projected")
     if getattr(text, "num_kv_shared_layers", None):
         raise NotImplementedError(f"{name} shares keys and values between layers, which is not supported yet")
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    window, longest = (getattr(text, key, None) for key in ("sliding_window", "max_position_embeddings"))
-    if window and longest and window >= longest:
-        kinds.discard("sliding_attention")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise NotImplementedError(
-            f"{name} has layers of kind {', '.join(sorted(kinds))}; only models whose every layer has full attention "
-            "are supported yet"
+            f"{name} has layers of kind {', '.join(sorted(kinds))}; only models whose every layer has full attention, "
+            "or a sliding window, are supported yet"
         )
 
 

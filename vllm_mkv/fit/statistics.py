@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vllm_mkv.fit.attention import layer_index
+from vllm_mkv.fit.attention import layer_index, scores_of
 from vllm_mkv.fit.truncation import by_group
 
 
@@ -45,10 +45,13 @@ class Moments:
 
 
 class LayerStatistics:
-    """Moments of one layer: of queries per KV head, of keys and values per latent group of `group_heads` KV heads."""
+    """Moments of one layer: of queries per KV head, of keys and values per latent group of `group_heads` KV heads.
 
-    def __init__(self, group_heads: int) -> None:
-        self.group_heads = group_heads
+    Keys of a layer that caps its scores are not `centred`: their mean would shift the scores that are capped.
+    """
+
+    def __init__(self, group_heads: int, *, centred: bool = True) -> None:
+        self.group_heads, self.centred = group_heads, centred
         self.queries_per_head = 1
         self.query, self.key, self.value = Moments(), Moments(), Moments()
 
@@ -66,6 +69,16 @@ class LayerStatistics:
         """E[q q^T] summed over the query heads of a KV head, [Hkv, d, d]; uncentred."""
         return self.query.second * self.queries_per_head
 
+    @property
+    def key_mean(self) -> Tensor:
+        """What keys are stored less, [G, n]"""
+        return self.key.mean if self.centred else torch.zeros_like(self.key.mean)
+
+    @property
+    def key_covariance(self) -> Tensor:
+        """Second moment of keys less `key_mean`, [G, n, n]"""
+        return self.key.covariance if self.centred else self.key.second
+
     def check(self, layer: int) -> None:
         """Raises ValueError where a moment overflowed or is not a number."""
         if not all(torch.isfinite(moments.second).all() for moments in (self.query, self.key, self.value)):
@@ -82,5 +95,8 @@ class Statistics(dict[int, LayerStatistics]):
         self.group_heads = group_heads
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.setdefault(layer_index(module), LayerStatistics(self.group_heads)).add(query, key, value)
+        layer = layer_index(module)
+        if layer not in self:
+            self[layer] = LayerStatistics(self.group_heads, centred=scores_of(module).soft_cap is None)
+        self[layer].add(query, key, value)
         return key, value

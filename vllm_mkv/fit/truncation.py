@@ -6,7 +6,7 @@
 
 where `quantised` gives every block of 16 coordinates the width that it has in the allocation (`codes.round_trip`).
 The engine never rebuilds k^ or v^, but its scores and outputs are these: the keys' mean shifts all scores of a query
-alike, which softmax ignores, and a dropped value coordinate is its mean.
+alike, which softmax ignores (where scores are capped it is 0), and a dropped value coordinate is its mean.
 
 Shapes: B batch, G latent groups, J heads per group, S tokens, d head size, n = J d, r largest rank of the layer.
 """
@@ -26,7 +26,7 @@ from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import BLOCK, KEY, VALUE, BlockWidths
 from vllm_mkv.adapter import Adapter, LayerBases
 from vllm_mkv.allocation import Allocation
-from vllm_mkv.fit.attention import intercepted, layer_index
+from vllm_mkv.fit.attention import intercepted, layer_index, scores_of
 
 
 def by_group(heads: Tensor, group_heads: int) -> Tensor:
@@ -116,7 +116,7 @@ class Truncation:
     """Handler of `intercepted`: keys and values of every layer as the cache of an adapter at an allocation holds them.
 
     Raises:
-        ValueError: the allocation is not for this adapter.
+        ValueError: the allocation is not for this adapter; from a forward pass, the adapter is not for this model.
     """
 
     def __init__(self, adapter: Adapter, allocation: Allocation, quantiser: Quantiser = round_trip) -> None:
@@ -124,6 +124,7 @@ class Truncation:
             raise ValueError(f"the allocation is for {allocation.shape}, and the adapter has {adapter.shape}")
         model, heads = adapter.config.model, adapter.config.group_heads
         self.head_size, self.num_heads = model.head_size, adapter.shape.num_groups * heads
+        self.adapter = adapter
         self.layers: dict[int, tuple[Projection, Projection]] = {}
         for layer, bases, widths in zip(adapter.config.layers, adapter.bases, allocation.widths, strict=True):
             keys, values = ([group[side] for group in widths] for side in (KEY, VALUE))
@@ -141,6 +142,8 @@ class Truncation:
                 f"the adapter is for {self.num_heads} KV heads of {self.head_size}, and layer {layer} has "
                 f"{key.shape[1]} of {key.shape[-1]}; make an adapter for this model with `vllm-mkv calibrate`"
             )
+        if scores_of(module).soft_cap is not None:
+            self.adapter.check_soft_cap()
         keys, values = self.layers[layer]
         return keys(key), values(value)
 

@@ -52,8 +52,6 @@ class MKVAttentionImpl(AttentionImpl):
     ) -> None:
         refused = {
             "ALiBi": alibi_slopes,
-            "a sliding window": sliding_window,
-            "a soft-cap of attention scores": logits_soft_cap,
             "attention sinks": sinks,
             "a KV cache shared between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type if attn_type != AttentionType.DECODER else None,
@@ -65,6 +63,8 @@ class MKVAttentionImpl(AttentionImpl):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        # As the kernels take them: 0 is none.
+        self.window, self.soft_cap = sliding_window or 0, float(logits_soft_cap or 0.0)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
 

@@ -39,5 +39,9 @@ class MKVAttentionBackend(AttentionBackend):
         return head_size % 16 == 0
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False

@@ -32,7 +32,15 @@ def configure(vllm_config: VllmConfig) -> None:
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "mkv": {**given.get("mkv", {}), "digest": plan.digest}}
     logger.info("%s", plan.describe())
-    calibrated, longest = plan.adapter.config.made.get("context"), vllm_config.model_config.max_model_len
+    model = vllm_config.model_config
+    calibrated, longest = plan.adapter.config.made.get("context"), model.max_model_len
+    window = model.get_sliding_window()
+    if window is not None and window < longest and "sliding_window" in kinds_of_layers(vllm_config):
+        logger.warning(
+            "MKV: layers with a sliding window keep all tokens, not %d as vLLM's own backends may, which then hold "
+            "more tokens in the same memory where contexts are many windows long.",
+            window,
+        )
     if isinstance(calibrated, int) and calibrated < longest:
         logger.warning(
             "MKV: the adapter was made from windows of %d tokens, and requests may have %d: farther on, it is worse "
@@ -60,24 +68,19 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
     speculative = vllm_config.speculative_config
     attention = vllm_config.attention_config
     mkv = compat.mkv_member()
-    # vLLM looks a layer's kind up first; MKV for kinds that no layer here is of would serve nothing.
-    mkv_serves_layers = attention.backend_per_kind.get("full_attention", attention.backend) is mkv
     own_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
     layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    # vLLM looks a layer's kind up first; MKV for kinds that no layer here is of would serve nothing.
+    mkv_serves_layers = all(
+        attention.backend_per_kind.get(kind, attention.backend) is mkv for kind in kinds_of_layers(vllm_config)
+    )
     found = [
         (model.use_mla, "an MLA model", "MLA's cache is a latent one already; " + other),
         (model.is_encoder_decoder, "an encoder-decoder model", other),
         (model.runner_type != "generate", f"--runner {model.runner_type}", "MKV serves generating models"),
         (model.uses_alibi or model.architecture in ALIBI_ARCHITECTURES, "ALiBi", other),
-        (bool(getattr(text, "attn_logit_softcapping", None)), "a soft-cap of attention scores", other),
         (
-            model.get_sliding_window() is not None
-            or ("sliding_attention" in layer_types and not model.disable_sliding_window),
-            "a sliding window",
-            "where the window is not needed, switch it off with --disable-sliding-window; otherwise " + other,
-        ),
-        (
-            bool(layer_types - FULL_ATTENTION - {"sliding_attention"}) or model.is_hybrid or model.is_attention_free,
+            bool(layer_types - SERVED_LAYERS) or model.is_hybrid or model.is_attention_free,
             f"a model with layers of kinds {', '.join(sorted(layer_types))}",
             other,
         ),
@@ -111,6 +114,15 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
     return [(feature, alternative) for present, feature, alternative in found if present]
 
 
+def kinds_of_layers(vllm_config: VllmConfig) -> set[str]:
+    """Of a model's attention, as `backend_per_kind` names them."""
+    model = vllm_config.model_config
+    types = set(getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"])
+    if model.get_sliding_window() is None or "sliding_attention" not in types:
+        return {"full_attention"}
+    return {"sliding_window", "full_attention"} if len(types) > 1 else {"sliding_window"}
+
+
 def backends_by_kind(vllm_config: VllmConfig) -> str:
     attention = vllm_config.attention_config
     named = {kind: backend.name for kind, backend in attention.backend_per_kind.items()}
@@ -121,5 +133,5 @@ ALIBI_ARCHITECTURES = frozenset({"Step1ForCausalLM"})
 """Beside those that vLLM's ModelConfig.uses_alibi knows. The impl's constructor refuses the rest."""
 SINK_ARCHITECTURES = frozenset({"GptOssForCausalLM"})
 """The impl's constructor refuses the rest."""
-FULL_ATTENTION = frozenset({"full_attention", "attention"})
+SERVED_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 MODEL_FREE_SPECULATION = frozenset({"ngram", "ngram_gpu", "suffix"})

@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 
 
 class CPUAttention:
-    def __init__(self, bases: LayerBases, scale: float, compiled: tuple[LayerStore, LayerDecode] | None = None) -> None:
-        """`compiled` stores where all requests decode, and attends for those that the step's metadata name so."""
+    def __init__(
+        self,
+        bases: LayerBases,
+        scale: float,
+        compiled: tuple[LayerStore, LayerDecode] | None = None,
+        *,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> None:
+        """`compiled` stores where all requests decode, and attends for those that the step's metadata name so, with the
+        same window and soft-cap."""
         self.bases, self.scale, self.compiled = bases, scale, compiled
+        self.window, self.soft_cap = window, soft_cap
         self._pages: tuple[RunPages, ...] = ()
         self._pages_of: torch.Tensor | None = None
 
@@ -50,4 +60,5 @@ class CPUAttention:
         if step.decodes is not None:
             assert self.compiled is not None
             self.compiled[1](projected, kv_cache, step.decodes, output)
-        attend(projected, self._pages, self.bases, step.buckets, self.scale, output)
+        buckets = step.buckets[self.window]
+        attend(projected, self._pages, self.bases, buckets, self.scale, output, self.soft_cap)

@@ -78,7 +78,7 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     """Gives every MKV attention layer of the model its bases, layout and cache spec.
 
     Raises:
-        ValueError: the adapter has no bases for a layer.
+        ValueError: the adapter has no bases for a layer, or its keys are less a mean and a layer caps its scores.
     """
     modules = dict(model.named_modules())
     layers = {
@@ -100,6 +100,8 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
                 f"the adapter in {plan.folder} has no bases for {name}; make an adapter for this model: "
                 f"vllm-mkv calibrate {vllm_config.model_config.model} --text FILE --output ADAPTER"
             )
+        if layer.impl.soft_cap:
+            plan.adapter.check_soft_cap()
         parent = modules.get(name.rpartition(".")[0])
         qkv, out = fold.foldable(parent, layer) if may_fold and parent is not None else (None, None)
         _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out, make_attention)
@@ -117,7 +119,9 @@ def _attention_maker(
         reason = compat.without_numba(vllm_config.model_config.dtype)
         if reason and MKVOptions.of(vllm_config).kernels == "auto":
             logger.warning("MKV: PyTorch serves, slower than the compiled kernels, which cannot run: %s", reason)
-        return lambda bases, layer: CPUAttention(bases, layer.impl.scale)
+        return lambda bases, layer: CPUAttention(
+            bases, layer.impl.scale, window=layer.impl.window, soft_cap=layer.impl.soft_cap
+        )
     if plan.kernels == "numba":
         return _compiled_attention_maker(vllm_config.model_config.dtype)
     from vllm_mkv.serving.triton_attention import TritonAttention
@@ -128,7 +132,13 @@ def _attention_maker(
     workspace = Workspace(StepLimits.of(vllm_config, device), vllm_config.model_config.dtype, device)
     threads = compat.warm_up_threads(vllm_config)
     warm_up = WarmUp([layer.impl for layer in layers], workspace, threads) if threads else None
-    return lambda bases, layer: TritonAttention(bases, layer.impl.scale, layer.num_heads, workspace, warm_up)
+
+    def make(bases: LayerBases, layer: Attention) -> LayerAttention:
+        impl = layer.impl
+        scores = {"window": impl.window, "soft_cap": impl.soft_cap}
+        return TritonAttention(bases, impl.scale, layer.num_heads, workspace, warm_up, **scores)
+
+    return make
 
 
 def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Attention], LayerAttention]:
@@ -139,9 +149,11 @@ def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Atten
     store_scratch, decode_scratch = StoreScratch(), DecodeScratch()
 
     def make(bases: LayerBases, layer: Attention) -> LayerAttention:
-        scale, num_heads = layer.impl.scale, layer.num_heads
+        impl, num_heads = layer.impl, layer.num_heads
+        scores = {"window": impl.window, "soft_cap": impl.soft_cap}
         store = LayerStore(bases, num_heads, dtype, store_scratch)
-        return CPUAttention(bases, scale, (store, LayerDecode(bases, scale, num_heads, dtype, decode_scratch)))
+        decode = LayerDecode(bases, impl.scale, num_heads, dtype, decode_scratch, **scores)
+        return CPUAttention(bases, impl.scale, (store, decode), **scores)
 
     return make
 

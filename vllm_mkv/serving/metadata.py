@@ -10,8 +10,9 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from mkv_kernels.schedule import Bucket, Decodes, make_buckets, split_decodes
+from mkv_kernels.schedule import MAX_SCORES, Bucket, Decodes, make_buckets, split_decodes
 from vllm_mkv.serving import compat
+from vllm_mkv.serving.attention import MKVAttentionImpl
 from vllm_mkv.serving.options import MKVOptions
 
 if TYPE_CHECKING:
@@ -26,19 +27,19 @@ class CPUMetadata:
     """Shapes: slots [S] int64, none negative; tokens [S] int64, or None where token i goes to slot i.
 
     decodes: what the compiled kernel attends for; None where there is none, or it is not used.
-    buckets: of the other requests.
+    buckets: of the other requests, for every window that a layer of the model has; 0 is none.
     """
 
     num_actual_tokens: int
     slots: torch.Tensor
     tokens: torch.Tensor | None
     decodes: Decodes | None
-    buckets: list[Bucket]
+    buckets: dict[int, list[Bucket]]
 
     @property
     def only_decodes(self) -> bool:
         """And every token has a slot."""
-        return self.decodes is not None and not self.buckets and self.tokens is None
+        return self.decodes is not None and self.tokens is None and not any(self.buckets.values())
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
         self.dtype = vllm_config.model_config.dtype
         self.kernels = kernels_of(vllm_config)
         self.max_model_len = vllm_config.model_config.max_model_len
+        layers = compat.attention_layers(vllm_config).values()
+        impls = [layer.impl for layer in layers if isinstance(layer.impl, MKVAttentionImpl)]
+        self.windows = {impl.window for impl in impls}
+        # Where scores are capped, those of all heads are in memory.
+        self.max_scores = MAX_SCORES // max([1, *(impl.num_heads for impl in impls if impl.soft_cap)])
         if self.kernels == "triton":
             from vllm_mkv.serving.workspace import decode_queries
 
@@ -148,10 +154,16 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
         decodes, others = None, None
         if self.kernels == "numba":
             decodes, others = split_decodes(starts, lengths, table, COMPILED_QUERIES)
+        buckets = {
+            window: make_buckets(
+                starts, lengths, table, self.block_size, self.dtype, self.max_scores, requests=others, window=window
+            )
+            for window in self.windows
+        }
         return CPUMetadata(
             num_actual_tokens=step.num_actual_tokens,
             slots=slots if tokens is None else slots[tokens],
             tokens=tokens,
             decodes=decodes,
-            buckets=make_buckets(starts, lengths, table, self.block_size, self.dtype, requests=others),
+            buckets=buckets,
         )

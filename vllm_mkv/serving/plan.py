@@ -47,6 +47,8 @@ class ServingPlan:
         if options.digest not in (None, found):
             raise ValueError(f"the adapter in {folder} changed while vLLM was starting; start again")
         adapter.check_model(ModelFingerprint.of(model.hf_config))
+        if getattr(model.hf_text_config, "attn_logit_softcapping", None):
+            adapter.check_soft_cap()
         _check_layers(adapter, folder, may_lack_some=model.has_noops)
         budget = choose_budget(options.budget, adapter.config)
         path = adapter.path if options.allocation == "path" else adapter.uniform_path

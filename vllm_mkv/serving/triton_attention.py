@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mkv_kernels.fused.decode import choose_splits, decode
+from mkv_kernels.fused.decode import choose_splits, decode, visible_tokens
 from mkv_kernels.fused.prefill import prefill
 from mkv_kernels.fused.store import project_and_store
 from mkv_kernels.fused.table import LayerTable
@@ -23,10 +23,19 @@ class TritonAttention:
     """`warm_up` is that of the model; None where kernels are compiled when a step first needs them."""
 
     def __init__(
-        self, bases: LayerBases, scale: float, num_heads: int, workspace: Workspace, warm_up: WarmUp | None = None
+        self,
+        bases: LayerBases,
+        scale: float,
+        num_heads: int,
+        workspace: Workspace,
+        warm_up: WarmUp | None = None,
+        *,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> None:
         self.table = LayerTable.build(bases)
         self.scale, self.num_heads, self.workspace, self.warm_up = scale, num_heads, workspace, warm_up
+        self.window, self.soft_cap = window, soft_cap
         workspace.admit(self.table, num_heads)
 
     def reserve(self) -> None:
@@ -50,9 +59,8 @@ class TritonAttention:
         project_and_store(query[:T], key[:T], value[:T], kv_cache, table, step.slots, projected, buffers.store)
         if step.decodes is not None:
             requests, tokens = step.decodes, slice(step.num_decode_tokens)
-            num_splits = choose_splits(
-                table, len(requests.seq_lens), step.max_seq_len, self.workspace.limits.processors
-            )
+            visible = visible_tokens(step.max_seq_len, step.max_decode_queries, self.window)
+            num_splits = choose_splits(table, len(requests.seq_lens), visible, self.workspace.limits.processors)
             decode(
                 projected[tokens],
                 kv_cache,
@@ -65,6 +73,8 @@ class TritonAttention:
                 buffers.decode,
                 max_queries=step.max_decode_queries,
                 num_splits=num_splits,
+                window=self.window,
+                soft_cap=self.soft_cap,
             )
         if step.prefills is not None:
             requests = step.prefills
@@ -77,4 +87,6 @@ class TritonAttention:
                 requests.query_start_loc,
                 self.scale,
                 output[:T],
+                window=self.window,
+                soft_cap=self.soft_cap,
             )

@@ -20,6 +20,7 @@ from mkv_kernels.compiled.tile import (
     LOW_PARTS,
     NIBBLES,
     TOKENS,
+    cap,
     floats,
     int32s,
     int64s,
@@ -122,10 +123,14 @@ def score(
     scales_at: Int,
     count: Int,
     num_tiles: Int,
+    cap_at: Int,
     rows: Any,
     kind: Any,
 ) -> None:
-    """Scores of a chunk, [rows, CHUNK]; minus infinity from its last token to a multiple of 16."""
+    """Scores of a chunk, [rows, CHUNK]; minus infinity from its last token to a multiple of 16.
+
+    At `cap_at`, 0 where scores have no cap, are the two numbers that `tile.cap` takes.
+    """
     tile_bytes = key_units * len(rows) * UNIT * (2 if len(kind) == 3 else 4)
     for i in range(0, count, TOKENS):
         for tile in range(num_tiles):
@@ -134,6 +139,8 @@ def score(
             scores(q, pages_at + 8 * i, slots_at + 8 * i, key_at, scales_at + 4 * i, out, CHUNK * 4, rows, kind)
     whole = (count + LANES - 1) // LANES * LANES
     for row in range(num_tiles * len(rows)):
+        if cap_at != 0:
+            cap(s_at + row * CHUNK * 4, whole // LANES, floats(cap_at)[0], floats(cap_at)[1])
         fill(s_at + (row * CHUNK + count) * 4, whole - count, -math.inf)
 
 

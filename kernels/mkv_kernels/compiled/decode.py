@@ -86,8 +86,14 @@ class LayerDecode:
         dtype: torch.dtype,
         scratch: DecodeScratch,
         kind: int | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
     ) -> None:
         """`kind` is one of `vector`'s, where it is not to be the processor's best.
+
+        Args:
+            window: tokens that a query sees, its own included; 0 for all up to it. Others are not read.
+            soft_cap: scores become soft_cap tanh(score / soft_cap) before the softmax; 0 leaves them.
 
         Raises:
             NotImplementedError: `unsupported` says why.
@@ -103,6 +109,9 @@ class LayerDecode:
         self.tiled_rows = -(-self.num_rows // self.rows) * self.rows
         self._scales = scale_values(torch.arange(256, dtype=torch.uint8))
         self._factor = torch.tensor([scale / math.log(2)], dtype=torch.float32)
+        self.window = window
+        # The worker multiplies by the scale later on.
+        self._cap = torch.tensor([2 * scale / (soft_cap * math.log(2)), soft_cap / scale]) if soft_cap else None
         self._fill_table()
         self._queries = np.empty((self.num_groups, 2), dtype=np.int64)
         self.worker = compile_worker(self.kind, self.rows)
@@ -149,8 +158,9 @@ class LayerDecode:
                 self._queries[g] = q.data_ptr() + place * q.stride(1) * itemsize, q.stride(0) * itemsize
         threads = torch.get_num_threads()
         pairs = num_queries * self.num_groups
-        splits = min(-(-TASKS_PER_THREAD * threads // pairs), max(1, decodes.max_length // LEAST_SPLIT))
-        split = -(-decodes.max_length // (splits * CHUNK)) * CHUNK
+        longest = min(decodes.max_length, self.window or decodes.max_length)
+        splits = min(-(-TASKS_PER_THREAD * threads // pairs), max(1, longest // LEAST_SPLIT))
+        split = -(-longest // (splits * CHUNK)) * CHUNK
         stride, partial_stride = (
             scratch_bytes(self.kind, self.tiled_rows, self.key_units, self.value_units),
             -(-(self.rank_v + 2) // LANES) * LANES,
@@ -173,6 +183,7 @@ class LayerDecode:
                 decodes.requests.data_ptr(),
                 decodes.tokens.data_ptr(),
                 decodes.lengths.data_ptr(),
+                self.window,
                 decodes.block_table.data_ptr(),
                 decodes.block_table.stride(0),
                 cache.data_ptr(),
@@ -180,6 +191,7 @@ class LayerDecode:
                 layout.block_size,
                 self._scales.data_ptr(),
                 self._factor.data_ptr(),
+                0 if self._cap is None else self._cap.data_ptr(),
                 scratch.bytes.data_ptr(),
                 stride,
                 scratch.partial.data_ptr(),

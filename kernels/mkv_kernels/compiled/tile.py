@@ -2,6 +2,7 @@
 """What the decode kernel does to vectors, as functions that numba code calls with addresses.
 
 scores     s[row, token] = sum_r q[row, r] k[token, r]           rows of a tile, 4 tokens
+cap        s[token] = c tanh(s[token] a)                         of one row
 weights    p[token] = 2^((s[token] - maximum) factor)            of one row; and times the values' token scales
 weigh      o[row, r] += sum_token p[row, token] v[token, r]      rows of a tile, up to 64 coordinates
 lift       out[c] = sum_r o[r] D[r, c] + mean[c]                 of one row
@@ -209,6 +210,27 @@ def largest(typingctx: Any, address: Any, count: Any) -> Any:
         return call(builder, "llvm.vector.reduce.fmax.v16f32", F32, builder.load(found))
 
     return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def cap(typingctx: Any, scores: Any, count: Any, into: Any, out_of: Any) -> Any:
+    """`count` times 16 scores x of a row become out_of tanh(x into ln(2) / 2)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        scores, count = arguments[:2]
+        down, out_of = splat(builder, builder.fneg(arguments[2])), splat(builder, arguments[3])
+        one = constant(FLOATS, 1.0)
+        with steps(builder, count) as i:
+            address = builder.add(scores, builder.shl(i, I64(6)))
+            x = load(builder, FLOATS, address)
+            # Of at most 1, so that nothing overflows.
+            e = exp2(builder, builder.fmul(call(builder, "llvm.fabs.v16f32", FLOATS, x), down))
+            t = builder.fdiv(builder.fsub(one, e), builder.fadd(one, e))
+            t = call(builder, "llvm.copysign.v16f32", FLOATS, builder.fmul(t, out_of), x)
+            store(builder, t, address)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.float32), codegen
 
 
 @intrinsic

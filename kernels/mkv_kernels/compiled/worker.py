@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one thread does in a decode step: tasks of one query, latent group and stretch of context, until none is left.
 
-    o[row] = sum_t p[row, t] v'[t] / sum_t p[row, t]      p[row, t] = exp((q'[row] k'[t] - m[row]) scale)
+    o[row] = sum_t p[row, t] v'[t] / sum_t p[row, t]      p[row, t] = exp((s[row, t] - m[row]) scale)
+                                                          s[row, t] = q'[row] k'[t]
+
+(with a soft-cap, soft_cap / scale tanh(s scale / soft_cap) in place of s)
 
 in chunks of tokens, rescaled when m, the largest score yet, grows; whoever finishes the last stretch of a query and
 group combines all of them and multiplies by D. Rows are the query heads of the group, in tiles of equal size.
@@ -47,7 +50,8 @@ STEP = record(
     "queries",  # [groups, 2]: address of the first token's q', and bytes to the next token's
     "requests",  # [queries]: row of the block table
     "tokens",  # [queries]: token of the step
-    "lengths",  # [queries]: cached tokens that the query sees
+    "lengths",  # [queries]: cached tokens up to the query's own
+    "window",  # how many of these it sees, from the last; 0 for all
     "block_table",  # int32, rows `table_stride` numbers apart
     "table_stride",
     "cache",
@@ -55,6 +59,7 @@ STEP = record(
     "block_size",
     "scales",  # [256] floats: what a byte in a page stands for
     "factor",  # one float: scale / ln 2
+    "cap",  # two floats, see `tile.cap`; 0 where there is none
     "scratch",
     "scratch_stride",
     "partial",  # [queries, groups, splits, rows of whole tiles, partial_stride] floats
@@ -140,8 +145,9 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
             fill(o_at, tiled * group.value_units * UNIT, 0.0)
             fill(top_at, tiled, -math.inf)
             fill(sum_at, tiled, 0.0)
-            stop = min(length, (split + 1) * step.split)
-            for first in range(split * step.split, stop, CHUNK):
+            begin = max(0, length - step.window) if step.window > 0 else 0
+            stop = min(length, begin + (split + 1) * step.split)
+            for first in range(begin + split * step.split, stop, CHUNK):
                 num_tokens = min(CHUNK, stop - first)
                 find_tokens(
                     pages_at, slots_at, first, num_tokens, step.cache, step.page_stride, table_at, step.block_size
@@ -158,6 +164,7 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
                     key_scales_at,
                     num_tokens,
                     tiled // rows,
+                    step.cap,
                     rows_,
                     kind_,
                 )

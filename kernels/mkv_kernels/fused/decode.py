@@ -64,6 +64,8 @@ def _attend_kernel(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """exp2(s - m) v', m and total over one split. Shapes, in float32: partial [T, P, J M, R], stats [T, P, J M, 2]."""
     program, request = tl.program_id(0), tl.program_id(1)
@@ -74,8 +76,12 @@ def _attend_kernel(
     q_start = tl.load(query_start_loc_ptr + request)
     q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
 
-    tokens = tl.cdiv(tl.cdiv(seq_len, N), num_splits) * N
-    first = split * tokens
+    begin = 0
+    if WINDOW > 0:
+        # What the first query sees first.
+        begin = tl.maximum(seq_len - q_len + 1 - WINDOW, 0)
+    tokens = tl.cdiv(tl.cdiv(seq_len - begin, N), num_splits) * N
+    first = begin + split * tokens
     last = tl.minimum(first + tokens, seq_len)
 
     rows = tl.program_id(2) * M + tl.arange(0, M)
@@ -107,6 +113,8 @@ def _attend_kernel(
         KEY,
         VALUE,
         PRECISION,
+        WINDOW,
+        SOFT_CAP,
     )
 
     at = (token * num_programs + program) * HEADS + head
@@ -263,11 +271,17 @@ class DecodeWorkspace:
         return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes))
 
 
+def visible_tokens(max_seq_len: int, max_queries: int, window: int) -> int:
+    """Of a request of so many cached tokens, how many its queries see at most."""
+    return min(max_seq_len, window + max_queries - 1) if window else max_seq_len
+
+
 def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_processors: int) -> int:
     """Parts that the context of the largest group is cut into: a power of two, from shapes alone.
 
     Args:
-        max_seq_len: bound of the requests' lengths; a CUDA graph must be captured with the bound that it serves.
+        max_seq_len: bound of the cached tokens that a request's queries see, see `visible_tokens`; a CUDA graph must be
+            captured with the bound that it serves.
         num_processors: streaming multiprocessors of the device.
     """
     programs_per_split = num_requests * sum(table.costs)
@@ -288,8 +302,14 @@ def decode(
     *,
     max_queries: int,
     num_splits: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """output = softmax(q' k'^T scale) v' D + mean for every token of requests of at most `max_queries` queries.
+
+    Args:
+        window: tokens that a query sees, its own included; 0 for all up to it. Others are not read.
+        soft_cap: scores become soft_cap tanh(score / soft_cap) before the softmax; 0 leaves them.
 
     Shapes:
         query: q', [T, G, J, M, R] with R at least the layer's largest key rank
@@ -304,6 +324,7 @@ def decode(
         raise ValueError(f"{max_queries} queries per request; decode takes 1 to {MAX_QUERIES}, prefill any number")
     if num_splits not in table.work:
         raise ValueError(f"{num_splits} splits; take a power of two up to {MAX_SPLITS}, see choose_splits")
+    launch.check_scores(window, soft_cap)
     T, J, M = query.shape[0], table.group_heads, query.shape[3]
     work, num_requests = table.work[num_splits], seq_lens.shape[0]
     num_programs = len(work.programs)
@@ -345,6 +366,8 @@ def decode(
         KEY=table.key.constants,
         VALUE=table.value.constants,
         PRECISION=launch.precision(query.dtype),
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
         num_warps=tiles.warps,
     )
     d = table.head_size

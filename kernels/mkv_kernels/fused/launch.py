@@ -193,6 +193,11 @@ def check_attention(
     return check_cache(cache, table)
 
 
+def check_scores(window: int, soft_cap: float) -> None:
+    if window < 0 or soft_cap < 0:
+        raise ValueError(f"a window of {window} and a soft-cap of {soft_cap}; pass 0 for none")
+
+
 def check_store(
     query: torch.Tensor,
     key: torch.Tensor,

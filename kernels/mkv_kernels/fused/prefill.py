@@ -75,6 +75,8 @@ def _prefill_kernel(
     D_PADDED: tl.constexpr,
     FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Shapes: q [T, G, J, M, R], up [G, J, R, d], mean [G, J, d], out [T, H, d]."""
     # Later queries see more tokens; a launch should not end with them.
@@ -96,11 +98,15 @@ def _prefill_kernel(
         head = (tl.program_id(1) % GROUP_HEADS) * QUERY_HEADS + row % QUERY_HEADS
         region_k = regions_ptr + group * (2 * FIELDS)
         region_v = region_k + FIELDS
+        first = 0
+        if WINDOW > 0:
+            # What the tile's first query sees first.
+            first = tl.maximum(context + q_first + 1 - WINDOW, 0)
         _, total, acc = attend_tokens(
             q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head,
             row_mask,
             row_last,
-            0,
+            first,
             context + tl.minimum(q_first + QUERIES, q_len),
             (cache_ptr, memory_ptr),
             (stride_cache, stride_memory),
@@ -117,6 +123,8 @@ def _prefill_kernel(
             KEY,
             VALUE,
             PRECISION,
+            WINDOW,
+            SOFT_CAP,
         )
 
         share = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
@@ -165,8 +173,14 @@ def prefill(
     query_start_loc: torch.Tensor,
     scale: float,
     output: torch.Tensor,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """output = softmax(q' k'^T scale) v' D + mean for every token of the requests.
+
+    Args:
+        window, soft_cap: as in `decode`.
 
     Shapes:
         query: q', [T, G, J, M, R] with R at least the layer's largest key rank
@@ -177,6 +191,7 @@ def prefill(
         output: [T, H, d]; rows of tokens that belong to no request are left as they are
     """
     pages = launch.check_attention(query, cache, table, block_table, seq_lens, query_start_loc, output)
+    launch.check_scores(window, soft_cap)
     T, M, d = query.shape[0], query.shape[3], table.head_size
     num_requests = seq_lens.shape[0]
     if num_requests == 0 or T == 0:
@@ -220,5 +235,7 @@ def prefill(
         D_PADDED=power_of_two(d),
         FOLDED=folded,
         PRECISION=launch.precision(query.dtype),
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
         num_warps=tiles.warps,
     )

@@ -12,10 +12,14 @@ Legend: M query rows, N tokens, C coordinates or bytes of a row at once. A "regi
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from mkv_kernels.fused.unpack import odd_integers, scale_values
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -109,6 +113,14 @@ def no_values(M: tl.constexpr, VALUE: tl.constexpr):
 
 
 @triton.jit
+def capped(s, SOFT_CAP: tl.constexpr):
+    """SOFT_CAP tanh(s / SOFT_CAP) of scores, before and after times log2(e); nothing in it is beyond 1."""
+    e = tl.exp2(tl.abs(s) * (-2.0 / SOFT_CAP))
+    t = (1.0 - e) / (1.0 + e) * (SOFT_CAP * LOG2_E)
+    return tl.where(s < 0.0, -t, t)
+
+
+@triton.jit
 def attend_tokens(
     query,
     row_mask,
@@ -130,6 +142,8 @@ def attend_tokens(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Returns maximum [M] and total [M] of the scores' powers of 2, and accumulators of v' (see `no_values`).
 
@@ -147,6 +161,8 @@ def attend_tokens(
             queries' rows.
         PTX: see `unpack`.
         KEY, VALUE: chunks, tiles and aligns of `table.SideShape`.
+        WINDOW: tokens that a row sees, the last included; 0 for all up to the last.
+        SOFT_CAP: see `capped`; 0 for none.
     """
     DTYPE: tl.constexpr = pages[0].dtype.element_ty
     CODED_K: tl.constexpr = KEY[0][1] + KEY[0][2] + KEY[0][3] > 0
@@ -188,7 +204,13 @@ def attend_tokens(
             s += coded * (scale[:, None] if SWAPPED else scale[None, :])
         if SWAPPED:
             s = tl.trans(s)
-        s = tl.where(live[None, :] & (n[None, :] <= row_last[:, None]), s * qk_scale, float("-inf"))
+        seen = live[None, :] & (n[None, :] <= row_last[:, None])
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
+        s *= qk_scale
+        if SOFT_CAP > 0:
+            s = capped(s, SOFT_CAP)
+        s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen nothing yet would subtract infinity from infinity.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
