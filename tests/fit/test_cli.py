@@ -30,6 +30,12 @@ OPTIONS = {
         "--context", "--device", "--dtype", "--eval-windows", "--model", "--output", "--revision", "--seed", "--shards",
         "--text", "--tokens", "--trust-remote-code", "--widths", "ADAPTER",
     },
+    "train": {
+        "--accumulate", "--batch-size", "--budgets", "--checkpoints", "--context", "--cross-entropy", "--device",
+        "--dtype", "--eval-windows", "--form", "--json", "--learning-rate", "--model", "--output", "--plot",
+        "--report-to", "--resume", "--revision", "--save-steps", "--seed", "--spread", "--steps", "--text",
+        "--trust-remote-code", "ADAPTER",
+    },
 }  # fmt: skip
 
 
