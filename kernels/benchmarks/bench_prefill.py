@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# vLLM logs to stdout.
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from benchmarks import attention
 from benchmarks.layer import Shape
@@ -42,4 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # vLLM logs to stdout, and reads this when it is first imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     sys.exit(main())

@@ -133,7 +133,9 @@ def layers(draw):
     J, M = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (4, 1)]))
     block = st.lists(st.sampled_from([16, 8, 4, 2, 0]), min_size=2 * J, max_size=2 * J)
     side = block.map(lambda widths: tuple(sorted(widths, reverse=True)))
-    widths = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
+    groups = st.lists(st.tuples(side, side), min_size=1, max_size=3)
+    # A layer that stores nothing has no cache.
+    widths = draw(groups.filter(lambda groups: any(any(side) for group in groups for side in group)))
     shape = {"J": J, "M": M, "d": 32, "fold_up": J == 1 and draw(st.booleans())}
     shape |= {"block_size": draw(st.sampled_from([16, 48, 128])), "dtype": draw(st.sampled_from([torch.float32, HALF]))}
     lengths = draw(st.lists(st.integers(1, 130), min_size=1, max_size=3))
