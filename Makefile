@@ -25,6 +25,13 @@ else ifeq ($(ENGINE),cpu)
 UV_ENV += UV_TORCH_BACKEND=cpu
 endif
 
+# On a CPU, two processes of one thread each: an engine of a tiny model keeps no more than one core busy. GPUs take one.
+ifeq ($(ENGINE),cpu)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+else
+PYTEST := $(BIN)/pytest
+endif
+
 .PHONY: help env test test-fast compile-check lint format demo clean
 
 help:  ## what there is
@@ -46,10 +53,10 @@ endif
 	@touch $@
 
 test: $(STAMP)  ## the whole test suite; PYTEST_ARGS='-k layout' for a part of it
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## the tests that start no engine
-	$(BIN)/pytest -m 'not engine' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not engine' $(PYTEST_ARGS)
 
 compile-check: $(STAMP)  ## compile the Triton kernels for GPUs that need not be there; COMPILE_ARGS='--quick --arch 90'
 	OMP_NUM_THREADS=1 $(BIN)/python kernels/compile_check.py $(COMPILE_ARGS)
