@@ -151,6 +151,7 @@ KNOWN = (
     ),
     Known("loads", 4, "tiers-*", "*", "*", "a tile of a tier has fewer than 8 bytes per thread"),
     Known("loads", 2, "tiers-*-head-256", "*", "*", "the same; of more tokens, accumulators leave no registers"),
+    Known("loads", 8, "full-rank-head-256", "prefill", "*", "of 16 tokens, 256 threads load 8 bytes each; 128 spill"),
     Known("loads", 1, "narrow-tiers-*", "*", "*", "a token's row of a tier has 4 or 8 bytes"),
     Known(
         "shared",
