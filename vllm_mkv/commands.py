@@ -6,7 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_mkv.adapter import Adapter
 
 
 def fail(message: str) -> int:
@@ -20,6 +23,16 @@ RUN_OPTIONS = ("context", "seed", "dtype", "device", "revision", "trust_remote_c
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in RUN_OPTIONS}
+
+
+def print_quality(adapter: Adapter) -> None:
+    """What was measured of it, if anything was."""
+    from rich.console import Console
+
+    from vllm_mkv.evaluation.report import quality_rows
+
+    if adapter.config.quality:
+        Console().print(quality_rows(adapter.config.quality))
 
 
 def calibrate(args: argparse.Namespace) -> int:
@@ -38,12 +51,7 @@ def calibrate(args: argparse.Namespace) -> int:
         eval_windows=args.eval_windows,
         **run_options(args),
     )
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.report import quality_rows
-
-    if adapter.config.quality:
-        Console().print(quality_rows(adapter.config.quality))
+    print_quality(adapter)
     print(f"wrote {args.output}; serve it with:")
     options = f'{{"mkv": {{"adapter": "{args.output}", "budget": {adapter.config.default_budget:g}}}}}'
     print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'")
@@ -55,15 +63,11 @@ def train(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     loaded = Adapter.load(locate(args.adapter, None))
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.report import quality_rows
     from vllm_mkv.fit.train import train as distil
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "adapter", "json")}
     trained, log = distil(loaded, **given | {"budgets": tuple(args.budgets), "json_file": args.json})
-    if trained.config.quality:
-        Console().print(quality_rows(trained.config.quality))
+    print_quality(trained)
     print(f"KL divergence of steps: {log[0]['kl']:.4f} at first, {log[-1]['kl']:.4f} at last")
     print(f"wrote {args.output}; find the path that suits it: vllm-mkv search {args.output} --output {args.output} ..")
     return 0
@@ -74,9 +78,6 @@ def search(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     loaded = Adapter.load(locate(args.adapter, None))
-    from rich.console import Console
-
-    from vllm_mkv.evaluation.report import quality_rows
     from vllm_mkv.fit.search import search as find
 
     searched, found = find(
@@ -95,8 +96,7 @@ def search(args: argparse.Namespace) -> int:
         f"{found.passes} forward passes of the calibration set: one probe per side of {layers} layers, and "
         f"{found.passes - 2 * layers} others; rates to the power of {found.exponent:g}"
     )
-    if searched.config.quality:
-        Console().print(quality_rows(searched.config.quality))
+    print_quality(searched)
     print(f"wrote {args.output}: {len(searched.path.steps)} steps, one for each block of 16 coordinates and width")
     return 0
 

@@ -59,13 +59,9 @@ class Side(nn.Module):
         for name, array in (("down", down), ("up", up), ("mean", mean[:, None])):
             self.register_buffer(name, torch.tensor(array), persistent=False)
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """down and up, turned."""
-        return turned(self.down, self.up, self.x, self.form)
-
-    def forward(self, heads: Tensor, pair: tuple[Tensor, Tensor], widths: Tensor) -> Tensor:
+    def forward(self, heads: Tensor, widths: Tensor) -> Tensor:
         """Keys or values [B, Hkv, S, d] as a cache of `widths` [G, n] gives them back."""
-        down, up = pair
+        down, up = turned(self.down, self.up, self.x, self.form)
         x = (by_group(heads.float(), self.group_heads) - self.mean) @ down
         return by_head(straight_through(x, widths[:, None]) @ up + self.mean, self.group_heads).to(heads.dtype)
 
@@ -129,10 +125,7 @@ class Student(nn.Module):
             layer = layer_index(module)
             keys, values = self.of_layer(layer)
             of_layer = widths[places[layer]]
-            return (
-                keys(key, keys.pair(), of_layer[:, KEY]),
-                values(value, values.pair(), of_layer[:, VALUE]),
-            )
+            return keys(key, of_layer[:, KEY]), values(value, of_layer[:, VALUE])
 
         return handle
 
