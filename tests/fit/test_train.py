@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,33 @@ def test_resumed_runs_end_in_the_same_bytes(searched, text_file, tmp_path):
         for name in ("A", "B", "C", "D"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
     assert not np.array_equal(whole.bases[0].A, searched.bases[0].A)
+
+
+def test_processes_train_one_adapter_on_windows_and_widths_of_their_own(tiny_model, make_searched, text_file, tmp_path):
+    adapter, output = make_searched(tiny_model("llama"), 2), tmp_path / "trained"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vllm_mkv.cli", "train", str(adapter), "--text", str(text_file), "--output", str(output)]
+    command += ["--steps", "3", "--batch-size", "2", "--context", "64", "--eval-windows", "2", "--device", "cpu"]
+    done = subprocess.run([*command, "--budgets", "0.07", "0.25"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    trained = Adapter.load(output)
+    assert trained.config.made["train"]["tokens"] == 3 * 2 * 2 * 64
+    assert not np.array_equal(trained.bases[0].A, Adapter.load(adapter).bases[0].A)
+
+
+def test_no_two_processes_draw_alike(searched, model, monkeypatch):
+    task = Distillation(model, Student(searched), (0.07, 0.25), spread=0.3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    drawn, states = [], []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        drawn.append(task.draw())
+        states.append(torch.get_rng_state())
+    assert not torch.equal(*drawn)
+    assert torch.equal(*states)
 
 
 def test_checkpoints_hold_what_is_trained_alone(searched, text_file, tmp_path):

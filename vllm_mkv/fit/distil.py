@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -59,11 +60,17 @@ class Distillation(nn.Module):
         self.register_buffer("widths", widths, persistent=False)
 
     def draw(self) -> Tensor:
-        """Widths of a step, [L, G, 2, n]: each side's are those that the allocation path has at some budget."""
+        """Widths of a step, [L, G, 2, n]: each side's are those that the allocation path has at some budget.
+
+        Processes that train together draw theirs in one, so that each has others and all stay in step.
+        """
         _, *sides, n = self.widths.shape
         last = DRAWN_BUDGETS - 1
+        together = dist.is_available() and dist.is_initialized()
+        processes, process = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
         # Off the CPU's generator, which a trainer's checkpoints keep.
-        levels = last * (torch.rand(1) + self.spread * torch.randn(sides))
+        budget, spread = torch.rand(processes)[process], torch.randn(processes, *sides)[process]
+        levels = last * (budget + self.spread * spread)
         index = levels.round().long().clamp(0, last).to(self.widths.device)
         return self.widths.gather(0, index[None, ..., None].expand(1, *sides, n))[0]
 

@@ -90,7 +90,8 @@ def train(
         revision, trust_remote_code: of the model's Hub repository.
 
     Returns:
-        The new adapter, and the log: {"step", "kl", ..} in nats per token.
+        The new adapter, and the log: {"step", "kl", ..} in nats per token. Of processes that train together, the first
+        measures and writes, and the log of each is of its own windows.
 
     Raises:
         ValueError: an argument or a text is wrong, or the loss is not finite; says which and what to do.
@@ -172,14 +173,15 @@ def train(
     }
     config = config.model_copy(update={"basis": TRAINED, "made": {**config.made, "train": made}, "quality": []})
     trained = Adapter(config, task.averaged().bases(), adapter.path)
+    if arguments.process_index:
+        return trained, log
     if eval_windows:
         trained = with_quality(trained, network, held_out, MEASURED_BUDGETS, source.itemsize)
-    if arguments.process_index == 0:
-        trained.save(output, model_card(trained.config))
-        if json_file:
-            write_json(json_file, {"arguments": given, "log": log})
-        if plot:
-            draw_losses(log, plot)
+    trained.save(output, model_card(trained.config))
+    if json_file:
+        write_json(json_file, {"arguments": given, "log": log})
+    if plot:
+        draw_losses(log, plot)
     return trained, log
 
 
