@@ -193,7 +193,7 @@ def of_gaussians(found: Found) -> np.ndarray:
 
 
 def as_measured(found: Found) -> Found:
-    return replace(found, rates=found.rates ** (1 / found.exponent))
+    return replace(found, rates=found.rates ** (1 / (found.exponent or 1)))
 
 
 def greedy(shape: CacheShape, found: Found) -> AllocationPath:

@@ -96,9 +96,10 @@ def search(args: argparse.Namespace) -> int:
         **run_options(args),
     )
     layers = searched.shape.num_layers
+    best = "the adapter's path stays" if found.exponent is None else f"rates to the power of {found.exponent:g}"
     print(
         f"{found.passes} forward passes of the calibration set: one probe per side of {layers} layers, and "
-        f"{found.passes - 2 * layers} others; rates to the power of {found.exponent:g}"
+        f"{found.passes - 2 * layers} others; {best}"
     )
     print_quality(searched)
     print(f"wrote {args.output}: {len(searched.path.steps)} steps, one for each block of 16 coordinates and width")

@@ -57,7 +57,7 @@ def test_the_path_goes_down_all_widths_and_is_read_back_as_it_was(searched):
     for budget in (0.5, 0.25, 0.125, 0.07):
         assert loaded.path.replay(budget).widths == adapter.path.replay(budget).widths
     made = loaded.config.made["search"]
-    assert made["passes"] == 2 * 3 + 8
+    assert made["passes"] == 2 * 3 + 12
     assert made["widths"] == [16, 8, 4, 2, 0]
     assert loaded.config.default_budget == 0.25
 

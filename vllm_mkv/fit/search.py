@@ -38,7 +38,9 @@ DEFAULT_BUDGETS = (0.25, 0.5)
 MEASURED_BUDGETS = (0.75, 0.5, 0.375, 0.25, 0.167, 0.125, 0.09, 0.07)
 PROBE_WIDTH = 2
 EXPONENTS = (1.0, 0.85, 0.7, 0.55)
-TRIED_BUDGET, TRIED_BUDGET_OF_RANKS = 0.125, 0.375
+TRIED_BUDGETS, TRIED_BUDGETS_OF_RANKS = (0.125, 0.07), (0.375, 0.25)
+LEAST_DIVERGENCE = 1e-9
+"""Nats per token: taken for what a model loses that loses nothing."""
 LEAST_SHARE = 0.01
 """Of the mean side's cost, what any side's is taken for at least."""
 
@@ -55,8 +57,9 @@ class Found:
     bases: tuple[LayerBases, ...]
     rates: np.ndarray
     errors: np.ndarray
-    exponent: float
-    """That the measured rates were raised to."""
+    exponent: float | None
+    """That the measured rates were raised to; None where the adapter keeps its path."""
+    path: AllocationPath
     passes: int
     """Forward passes of the calibration set that it took."""
 
@@ -109,8 +112,8 @@ def search(
     adapter.check_model(source.fingerprint)
     windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
     network = source.load(dtype, device)
-    found = probe(network, adapter, windows, widths)
-    path = least_damage_path(adapter.shape, found.damage, widths, shards)
+    found = probe(network, adapter, windows, widths, shards)
+    path = found.path
     made = how_made("search", text, windows, seed, network) | {
         "widths": list(widths),
         "shards": shards,
@@ -128,7 +131,9 @@ def search(
     return searched, found
 
 
-def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS) -> Found:
+def probe(
+    model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths: Sequence[int] = WIDTHS, shards: int = 1
+) -> Found:
     """Whitens the bases anew and measures what an error in every side of every layer costs.
 
     Trained ones stay as they are: they suit the quantiser already, and turned inside of their blocks, they would lose
@@ -137,11 +142,12 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
     A side's probe leaves it alone at 16 bits while every other one has 2: what that spares, divided by the error that
     its blocks have at 2 bits, is its rate. Seen from there, and not from a model without errors, sides count as they do
     where bytes are short: errors add up, and hide one another. What rates exaggerate all the same is found by trying:
-    of the rates to the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at one
-    small budget.
+    of the rates to the power of each of `EXPONENTS`, those are taken whose path has the least KL divergence at two
+    small budgets, by its geometric mean.
 
     Forward passes of `windows`: one for the statistics, twice one for what the model itself predicts, one with every
-    side quantised, one per layer and side, and one per exponent.
+    side quantised, one per layer and side, and two per exponent. Trained bases suit the path that they were trained on
+    in ways that no probe sees, so that it is tried beside the others.
     """
     try:
         metrics = output_metrics(model, adapter.config.model)
@@ -167,12 +173,26 @@ def probe(model: PreTrainedModel, adapter: Adapter, windows: np.ndarray, widths:
     # A side whose errors do the others good is one that costs next to nothing.
     saved = np.maximum(saved, LEAST_SHARE * everything / len(places))
     rates = saved / np.where(predicted > 0, predicted, 1.0)
-    tried = [Found(tuple(bases), rates**exponent, errors, exponent, 0) for exponent in EXPONENTS]
-    paths = [least_damage_path(shape, found.damage, widths) for found in tried]
-    budget = TRIED_BUDGET if set(widths) - {16, 0} else TRIED_BUDGET_OF_RANKS
-    caches = projected_caches(prepared, [smallest_above(path, budget) for path in paths], 2)
-    divergences = [row["kl"] for row in measure(model, windows, caches, stock_bytes=1)[1:]]
-    return replace(tried[int(np.argmin(divergences))], passes=4 + len(places) + len(EXPONENTS))
+    paths: dict[float | None, AllocationPath] = {
+        exponent: least_damage_path(shape, rates[:, None, :, None, None] ** exponent * errors, widths, shards)
+        for exponent in EXPONENTS
+    }
+    if _suits(adapter, widths, shards):
+        paths[None] = adapter.path
+    budgets = TRIED_BUDGETS if set(widths) - {16, 0} else TRIED_BUDGETS_OF_RANKS
+    allocations = [smallest_above(path, budget) for path in paths.values() for budget in budgets]
+    rows = measure(model, windows, projected_caches(prepared, allocations, 2), stock_bytes=1)[1:]
+    divergences = np.maximum([row["kl"] for row in rows], LEAST_DIVERGENCE)
+    best = list(paths)[int(np.argmin(np.log(divergences).reshape(len(paths), -1).mean(1)))]
+    rates = rates ** (1.0 if best is None else best)
+    return Found(tuple(bases), rates, errors, best, paths[best], passes=4 + len(places) + len(allocations))
+
+
+def _suits(adapter: Adapter, widths: Sequence[int], shards: int) -> bool:
+    """Whether a trained adapter's own path is one that these arguments might find."""
+    before = adapter.config.made.get("search", {})
+    same = (list(widths), shards) == (before.get("widths", [16, 0]), before.get("shards", 1))
+    return adapter.config.basis == TRAINED and same
 
 
 def spared(shape: CacheShape, place: tuple[int, int] | None) -> Allocation:
