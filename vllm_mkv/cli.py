@@ -72,17 +72,15 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_text_option(sub)
     add("--steps", type=int, required=True, metavar="N", help="of the optimiser")
     add("--output", required=True, metavar="ADAPTER", help="the folder to write")
-    add("--budgets", nargs=2, type=float, default=(0.065, 0.16), metavar=("LEAST", "MOST"), help="that steps draw")
+    add("--budgets", nargs=2, type=float, default=(0.065, 0.25), metavar=("LEAST", "MOST"), help="that steps draw")
     add(
         "--spread",
         type=float,
-        default=0.0,
+        default=0.1,
         metavar="S",
         help="of sides' own budgets around a step's, as a share of that",
     )
-    add(
-        "--form", choices=("orthogonal", "free"), default="orthogonal", help="of what is trained (default: %(default)s)"
-    )
+    add("--form", choices=("free", "orthogonal"), default="free", help="of what is trained (default: %(default)s)")
     add(
         "--cross-entropy",
         type=float,
@@ -90,7 +88,7 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="W",
         help="weight of the next token's (default: %(default)s)",
     )
-    add("--learning-rate", type=float, default=3e-4, metavar="LR", help="at its peak (default: %(default)s)")
+    add("--learning-rate", type=float, default=5e-4, metavar="LR", help="at its peak (default: %(default)s)")
     add("--batch-size", type=int, default=4, metavar="N", help="windows on a device at once (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: %(default)s)")
     add("--checkpoints", metavar="DIR", help="of the trainer (default: ADAPTER.checkpoints)")

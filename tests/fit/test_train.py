@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.cli import main
+from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.attention import intercepted
+from vllm_mkv.fit.calibrate import calibrate, draw_windows
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
-from vllm_mkv.fit.search import search
+from vllm_mkv.fit.search import TRIED_BUDGETS, probe, search
 from vllm_mkv.fit.student import FORMS, Student, cayley, coordinate_widths, straight_through
 from vllm_mkv.fit.train import train
 from vllm_mkv.fit.truncation import truncated
@@ -122,14 +125,14 @@ def test_every_side_draws_a_budget_of_its_own(searched, model):
 @pytest.mark.parametrize("form", FORMS)
 def test_training_brings_predictions_closer(form, tmp_path):
     """The bundled model: a random one has nothing to learn."""
-    from vllm_mkv.evaluation.quality import measure, projected_caches
-    from vllm_mkv.fit.calibrate import draw_windows
-
     examples = Path(__file__).parents[2] / "examples"
     source = Source(str(examples / "books-4m"))
-    adapter = Adapter.load(examples / "books-4m" / "mkv")
+    bundled = Adapter.load(examples / "books-4m" / "mkv")
     text = [str(examples / "data" / "the_time_machine.txt")]
     settings = {"context": 128, "eval_windows": 4, "model": source.name, "dtype": "float32"}
+    # The bundled bases were trained before; their path serves new ones too.
+    made = {"tokens": 8192, "group_heads": 2, "context": 128, "eval_windows": 0, "dtype": "float32"}
+    adapter = replace(calibrate(source.name, text, output=tmp_path / "calibrated", **made), path=bundled.path)
     trained, log = train(
         adapter, text, steps=40, output=tmp_path / "trained", budgets=(0.07, 0.1), learning_rate=1e-3, **settings
     )
@@ -153,6 +156,30 @@ def test_a_trained_adapter_is_searched_as_any(searched, text_file, tmp_path):
     for before, after in zip(trained.bases, found.bases, strict=True):
         assert np.array_equal(before.A, after.A) and np.array_equal(before.D, after.D)
     assert inverse_error(found) < 1e-4
+
+
+def test_a_search_of_trained_bases_finds_no_worse_path_than_theirs(searched, model, text_file, tmp_path):
+    trained, _ = train(searched, [str(text_file)], steps=4, output=tmp_path / "trained", **SETTINGS)
+    windows, _ = draw_windows(Source(searched.config.base_model_name_or_path), [str(text_file)], 512, 0, 64, seed=0)
+    found = probe(model, trained, windows)
+    allocations = [path.replay(budget) for path in (found.path, trained.path) for budget in TRIED_BUDGETS]
+    rows = measure(model, windows, projected_caches(trained, allocations, 2), stock_bytes=1)[1:]
+    ours, theirs = np.log([row["kl"] for row in rows]).reshape(2, -1).mean(1)
+    assert ours <= theirs + 1e-6
+    assert (found.exponent is None) == np.array_equal(found.path.steps, trained.path.steps)
+    ranks = probe(model, trained, windows, (16, 0))
+    assert ranks.exponent is not None
+    assert ranks.path.widths == (16, 0)
+
+
+def test_a_path_that_is_best_stays(searched, model, text_file, tmp_path, monkeypatch):
+    trained, _ = train(searched, [str(text_file)], steps=1, output=tmp_path / "trained", **SETTINGS)
+    # The others then follow from the errors alone, without what they cost.
+    monkeypatch.setattr("vllm_mkv.fit.search.EXPONENTS", (-1.0,))
+    windows, _ = draw_windows(Source(searched.config.base_model_name_or_path), [str(text_file)], 512, 0, 64, seed=0)
+    found = probe(model, trained, windows)
+    assert found.exponent is None
+    assert found.path is trained.path
 
 
 def test_resumed_runs_end_in_the_same_bytes(searched, text_file, tmp_path):
@@ -244,7 +271,7 @@ def test_runs_are_not_mixed_up(searched, text_file, tmp_path):
     train(searched, [str(text_file)], **settings)
     with pytest.raises(ValueError, match=r"has checkpoints; go on from them with --resume"):
         train(searched, [str(text_file)], **settings)
-    with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.0003 and is 0.1"):
+    with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.0005 and is 0.1"):
         train(searched, [str(text_file)], **settings, learning_rate=0.1, resume=True)
 
 

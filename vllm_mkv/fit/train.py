@@ -29,7 +29,7 @@ from vllm_mkv.fit.search import MEASURED_BUDGETS
 from vllm_mkv.fit.student import Student
 from vllm_mkv.fit.trainer import DistillationTrainer
 
-DEFAULT_BUDGETS = (0.065, 0.16)
+DEFAULT_BUDGETS = (0.065, 0.25)
 DEFAULT_EVAL_WINDOWS = 16
 WARMUP_SHARE = 0.05
 ARGUMENTS_FILE = "arguments.json"
@@ -41,11 +41,11 @@ def train(
     *,
     steps: int,
     output: str | Path,
-    form: str = "orthogonal",
+    form: str = "free",
     budgets: tuple[float, float] = DEFAULT_BUDGETS,
-    spread: float = 0.0,
+    spread: float = 0.1,
     cross_entropy: float = 0.0,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 5e-4,
     batch_size: int = 4,
     accumulate: int = 1,
     context: int | None = None,
