@@ -88,6 +88,13 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="W",
         help="weight of the next token's (default: %(default)s)",
     )
+    add(
+        "--repeats",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of windows in which passages of random tokens stand twice (default: %(default)s)",
+    )
     add("--learning-rate", type=float, default=5e-4, metavar="LR", help="at its peak (default: %(default)s)")
     add("--batch-size", type=int, default=4, metavar="N", help="windows on a device at once (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: %(default)s)")

@@ -22,6 +22,7 @@ from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.attention import intercepted
 from vllm_mkv.fit.calibrate import calibrate, draw_windows
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
+from vllm_mkv.fit.data import with_repeats
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import TRIED_BUDGETS, probe, search
@@ -29,7 +30,7 @@ from vllm_mkv.fit.student import FORMS, Student, cayley, coordinate_widths, stra
 from vllm_mkv.fit.train import train
 from vllm_mkv.fit.truncation import truncated
 
-SETTINGS = {"context": 64, "batch_size": 2, "eval_windows": 0, "budgets": (0.07, 0.25)}
+SETTINGS = {"context": 64, "batch_size": 2, "eval_windows": 0, "budgets": (0.07, 0.25), "repeats": 0.0}
 
 
 @pytest.fixture
@@ -147,6 +148,22 @@ def test_training_brings_predictions_closer(form, tmp_path):
     assert full_rank_exactness(network, Adapter.load(tmp_path / "trained"), tokens=40).exact
 
 
+def test_passages_that_stand_twice():
+    windows, plain = np.zeros((200, 400), dtype=np.int64), np.arange(5, 300)
+    found = with_repeats(windows, 0.3, plain, seed=1)
+    assert not windows.any()
+    changed = found[found.any(1)]
+    assert 40 < len(changed) < 80
+    for window in changed:
+        starts = [at for at in range(1, 400, 32) if window[at]]
+        passages = {tuple(window[at : at + 32]) for at in starts}
+        assert len(starts) == 2
+        assert len(passages) == 1
+        assert np.isin(window[window > 0], plain).all()
+    assert (changed[:, 0] == 0).all()
+    assert with_repeats(windows, 0.0, plain, seed=1) is windows
+
+
 def test_a_trained_adapter_is_searched_as_any(searched, text_file, tmp_path):
     trained, _ = train(searched, [str(text_file)], steps=4, output=tmp_path / "trained", **SETTINGS)
     found, _ = search(trained, [str(text_file)], output=tmp_path / "found", tokens=512, context=64, eval_windows=0)
@@ -200,12 +217,12 @@ def test_processes_train_one_adapter_on_windows_and_widths_of_their_own(tiny_mod
     adapter, output = make_searched(tiny_model("llama"), 2), tmp_path / "trained"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vllm_mkv.cli", "train", str(adapter), "--text", str(text_file), "--output", str(output)]
-    command += ["--steps", "3", "--batch-size", "2", "--context", "64", "--eval-windows", "2", "--device", "cpu"]
+    command += ["--steps", "3", "--batch-size", "2", "--context", "96", "--eval-windows", "2", "--device", "cpu"]
     done = subprocess.run([*command, "--budgets", "0.07", "0.25"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
     trained = Adapter.load(output)
-    assert trained.config.made["train"]["tokens"] == 3 * 2 * 2 * 64
+    assert trained.config.made["train"]["tokens"] == 3 * 2 * 2 * 96
     assert not np.array_equal(trained.bases[0].A, Adapter.load(adapter).bases[0].A)
 
 
@@ -256,6 +273,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_mend(searched, te
         ({"learning_rate": 0.0}, "learning rate must be above 0"),
         ({"form": "loose"}, "not one of orthogonal, free"),
         ({"plot": "no/such/folder.png"}, "there is no folder"),
+        ({"repeats": 1.5}, r"give one in \[0, 1\]"),
+        ({"repeats": 0.5}, "use a longer --context, or --repeats 0"),
         ({"resume": True}, "no checkpoint to go on from"),
         ({"steps": 10_000}, "windows of 64 tokens"),
     ],
@@ -279,7 +298,7 @@ def test_the_command(tiny_model, make_searched, text_file, tmp_path, capsys):
     model = tiny_model("llama")
     output, figures, plot = tmp_path / "trained", tmp_path / "log.json", tmp_path / "log.png"
     arguments = [str(make_searched(model, 2)), "--text", str(text_file), "--steps", "2", "--output", str(output)]
-    options = ["--context", "64", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
+    options = ["--context", "96", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
     assert main(["train", *arguments, *options, "--json", str(figures), "--plot", str(plot)]) == 0
     assert "KL divergence of steps" in capsys.readouterr().out
     assert [row["step"] for row in json.loads(figures.read_text())["log"]] == [1, 2]

@@ -16,6 +16,8 @@ PIECE = 1 << 16
 SHUFFLE_BUFFER = 1000
 """Rows of a streamed dataset among which the next one is drawn."""
 MIN_CONTEXT = 2
+PASSAGE, TOKENS_PER_REPEAT = 32, 256
+"""Tokens of a passage that stands twice, and tokens of a window for each of these."""
 
 
 def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, context: int, seed: int = 0) -> np.ndarray:
@@ -162,6 +164,40 @@ def split_windows(windows: np.ndarray, held_out: int) -> tuple[np.ndarray, np.nd
     assert 0 <= held_out <= len(windows)
     at = len(windows) - held_out
     return windows[:at], windows[at:]
+
+
+def with_repeats(windows: np.ndarray, share: float, tokens: np.ndarray, seed: int) -> np.ndarray:
+    """Windows in a share of which passages of random tokens stand twice, at random places.
+
+    Text alone hardly asks a cache for what it cannot guess. To foretell such a passage's second appearance, it has to
+    hold the first.
+
+    Args:
+        windows: int64 [windows, context].
+        tokens: int64, what passages are drawn from.
+
+    Raises:
+        ValueError: the share is not in [0, 1], or the windows are too short for two passages.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"repeats in a share of {share:g} of the windows; give one in [0, 1]")
+    # A window's first token is the tokenizer's own (BOS), where it has one.
+    places = (windows.shape[1] - 1) // PASSAGE
+    if share == 0:
+        return windows
+    if places < 2:
+        raise ValueError(
+            f"no passage of {PASSAGE} tokens stands twice in {windows.shape[1]}; use a longer --context, or --repeats 0"
+        )
+    repeats = max(1, windows.shape[1] // TOKENS_PER_REPEAT)
+    rng, windows = np.random.default_rng(seed), windows.copy()
+    for window in np.flatnonzero(rng.random(len(windows)) < share):
+        starts = 1 + PASSAGE * rng.permutation(places)[: 2 * repeats].reshape(repeats, 2)
+        passages = rng.choice(tokens, (repeats, PASSAGE))
+        for both, passage in zip(starts, passages, strict=True):
+            for start in both:
+                windows[window, start : start + PASSAGE] = passage
+    return windows
 
 
 def batches(windows: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,6 +24,7 @@ from vllm_mkv.evaluation.losses import draw_losses
 from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
+from vllm_mkv.fit.data import with_repeats
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import MEASURED_BUDGETS
@@ -45,6 +47,7 @@ def train(
     budgets: tuple[float, float] = DEFAULT_BUDGETS,
     spread: float = 0.1,
     cross_entropy: float = 0.0,
+    repeats: float = 0.25,
     learning_rate: float = 5e-4,
     batch_size: int = 4,
     accumulate: int = 1,
@@ -75,6 +78,7 @@ def train(
         budgets: least and most that steps draw from.
         spread: see `distil.Distillation`.
         cross_entropy: likewise.
+        repeats: share of windows in which passages of random tokens stand twice; see `data.with_repeats`.
         learning_rate: at its peak, after a warm-up and before a cosine.
         batch_size: windows of a step on one device, `accumulate` times.
         context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
@@ -142,6 +146,7 @@ def train(
         "budgets": list(budgets),
         "spread": spread,
         "cross_entropy": cross_entropy,
+        "repeats": repeats,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -152,6 +157,7 @@ def train(
     last = _last_checkpoint(folder, given, resume)
     tokens = steps * batch_size * accumulate * arguments.world_size * context
     windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
+    windows = with_repeats(windows, repeats, _plain_tokens(source), seed)
     network = source.load(dtype, str(arguments.device))
     task = Distillation(network, student, budgets, spread=spread, cross_entropy=cross_entropy)
     trainer = DistillationTrainer(
@@ -169,7 +175,8 @@ def train(
         if "kl" in row
     ]
     made = how_made("train", text, windows, seed, network) | {
-        name: given[name] for name in ("steps", "form", "budgets", "spread", "cross_entropy", "learning_rate")
+        name: given[name]
+        for name in ("steps", "form", "budgets", "spread", "cross_entropy", "repeats", "learning_rate")
     }
     config = config.model_copy(update={"basis": TRAINED, "made": {**config.made, "train": made}, "quality": []})
     trained = Adapter(config, task.averaged().bases(), adapter.path)
@@ -183,6 +190,13 @@ def train(
     if plot:
         draw_losses(log, plot)
     return trained, log
+
+
+def _plain_tokens(source: Source) -> np.ndarray:
+    """Token ids that stand for text."""
+    tokenizer = source.tokenizer()
+    known = min(len(tokenizer), source.config.get_text_config(decoder=True).vocab_size)
+    return np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
 
 
 def _last_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> str | None:
