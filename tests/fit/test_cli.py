@@ -33,7 +33,7 @@ OPTIONS = {
     "train": {
         "--accumulate", "--batch-size", "--budgets", "--checkpoints", "--context", "--cross-entropy", "--device",
         "--dtype", "--eval-windows", "--form", "--json", "--learning-rate", "--model", "--output", "--plot",
-        "--report-to", "--resume", "--revision", "--save-steps", "--seed", "--spread", "--steps", "--text",
+        "--repeats", "--report-to", "--resume", "--revision", "--save-steps", "--seed", "--spread", "--steps", "--text",
         "--trust-remote-code", "ADAPTER",
     },
 }  # fmt: skip
