@@ -262,7 +262,7 @@ def main() -> None:
     args = parser.parse_args()
 
     source = Source(args.model)
-    fingerprint, tokenizer = source.fingerprint, source.tokenizer()
+    fingerprint, tokenizer = source.fingerprint, source.tokenizer
     windows, valid = (
         token_windows(text, tokenizer, num_windows=number, context=args.context, seed=args.seed)
         for text, number in ((args.text, args.windows), (args.valid_text, args.valid_windows))

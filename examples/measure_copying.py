@@ -59,7 +59,7 @@ def main() -> None:
     subject = Subject.find(args.model, adapter=None, model=None, revision=None, trust_remote_code=False)
     source = subject.source
     itemsize, length = source.itemsize, source.config.max_position_embeddings
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     stream = np.array(tokenizer(read_text(args.text), verbose=False)["input_ids"])
     model = source.load("float32", "auto")
     caches: list[Cache | None] = [None]

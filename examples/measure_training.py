@@ -90,7 +90,7 @@ def model_and_adapter(args: argparse.Namespace) -> tuple[PreTrainedModel, Adapte
 
 
 def worker(kind: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Answers every message with the seconds of one step, and None with its memory."""
+    """Answers True with the seconds of one step, and False, at last, with the memory."""
     torch.manual_seed(0)
     model, adapter = model_and_adapter(args)
     held = peak_bytes(model.device)

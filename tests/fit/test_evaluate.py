@@ -70,7 +70,7 @@ def test_the_command_prints_writes_and_draws(model, adapter, text_file, tmp_path
 def test_rows_are_those_of_measure(model, adapter, text_file):
     found = evaluate(str(model), adapter=str(adapter), budgets=[0.5], **small(text_file))
     source, loaded = Source(str(model)), Adapter.load(adapter)
-    windows = token_windows([str(text_file)], source.tokenizer(), num_windows=3, context=48)
+    windows = token_windows([str(text_file)], source.tokenizer, num_windows=3, context=48)
     caches = projected_caches(loaded, [loaded.path.replay(0.5, itemsize=4)], 4)
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     assert found["rows"] == measure(network, windows, caches, stock_bytes=STOCK_BYTES)

@@ -46,7 +46,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def windows(tiny_model, text_file):
-    tokenizer = Source(str(tiny_model("llama"))).tokenizer()
+    tokenizer = Source(str(tiny_model("llama"))).tokenizer
     return token_windows([str(text_file)], tokenizer, num_windows=8, context=64, seed=5)
 
 
@@ -230,7 +230,7 @@ def test_windows_and_soft_caps(windowed, tiny_model, make_adapter, text_file, tm
     # Coordinates are whitened as they are stored: keys less no mean where scores are capped.
     capped = "attn_logit_softcapping" in settings
     network = Source(str(folder)).load("float32", "cpu")
-    tokens = token_windows([str(text_file)], Source(str(folder)).tokenizer(), num_windows=16, context=64, seed=0)
+    tokens = token_windows([str(text_file)], Source(str(folder)).tokenizer, num_windows=16, context=64, seed=0)
     for layer, statistics in attention_statistics(network, 2, tokens).items():
         bases = adapter.bases[layer]
         assert bases.key_mean.any() != capped

@@ -83,7 +83,7 @@ def evaluate(
     if plot is not None and not allocations and not rivals:
         raise ValueError("there is nothing to draw beside the full model; give --budgets or --against")
     context = choose_context(source.config, context)
-    windows = token_windows(text, source.tokenizer(), num_windows=num_windows, context=context, seed=seed)
+    windows = token_windows(text, source.tokenizer, num_windows=num_windows, context=context, seed=seed)
     if engine == "vllm":
         rows = measure_engine(subject, windows, allocations, allocation, dtype)
     else:

@@ -110,9 +110,7 @@ def draw_windows(
     num_windows = round(tokens / context)
     if num_windows < 1:
         raise ValueError(f"{tokens} tokens are no window of {context}; use more --tokens or a shorter --context")
-    windows = token_windows(
-        text, source.tokenizer(), num_windows=num_windows + eval_windows, context=context, seed=seed
-    )
+    windows = token_windows(text, source.tokenizer, num_windows=num_windows + eval_windows, context=context, seed=seed)
     return split_windows(windows, eval_windows)
 
 

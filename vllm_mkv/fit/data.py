@@ -166,6 +166,21 @@ def split_windows(windows: np.ndarray, held_out: int) -> tuple[np.ndarray, np.nd
     return windows[:at], windows[at:]
 
 
+def passage_places(context: int) -> int:
+    """Of a window, whose first token is the tokenizer's own (BOS) where it has one."""
+    return (context - 1) // PASSAGE
+
+
+def check_repeats(share: float, context: int) -> None:
+    """Raises ValueError where the share is not in [0, 1], or windows are too short for a passage to stand twice."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"repeats in a share of {share:g} of the windows; give one in [0, 1]")
+    if share and passage_places(context) < 2:
+        raise ValueError(
+            f"no passage of {PASSAGE} tokens stands twice in {context}; use a longer --context, or --repeats 0"
+        )
+
+
 def with_repeats(windows: np.ndarray, share: float, tokens: np.ndarray, seed: int) -> np.ndarray:
     """Windows in a share of which passages of random tokens stand twice, at random places.
 
@@ -174,21 +189,12 @@ def with_repeats(windows: np.ndarray, share: float, tokens: np.ndarray, seed: in
 
     Args:
         windows: int64 [windows, context].
+        share: one that `check_repeats` lets pass.
         tokens: int64, what passages are drawn from.
-
-    Raises:
-        ValueError: the share is not in [0, 1], or the windows are too short for two passages.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"repeats in a share of {share:g} of the windows; give one in [0, 1]")
-    # A window's first token is the tokenizer's own (BOS), where it has one.
-    places = (windows.shape[1] - 1) // PASSAGE
     if share == 0:
         return windows
-    if places < 2:
-        raise ValueError(
-            f"no passage of {PASSAGE} tokens stands twice in {windows.shape[1]}; use a longer --context, or --repeats 0"
-        )
+    places = passage_places(windows.shape[1])
     repeats = max(1, windows.shape[1] // TOKENS_PER_REPEAT)
     rng, windows = np.random.default_rng(seed), windows.copy()
     for window in np.flatnonzero(rng.random(len(windows)) < share):

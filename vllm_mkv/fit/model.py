@@ -62,6 +62,7 @@ class Source:
         """Bytes of a number of the model's own cache: of the dtype that its weights are stored in."""
         return self.dtype.itemsize
 
+    @cached_property
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.name, **self._where)
 

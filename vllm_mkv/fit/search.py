@@ -65,7 +65,12 @@ class Found:
 
     @property
     def damage(self) -> np.ndarray:
-        return self.rates[:, None, :, None, None] * self.errors
+        return damage_of(self.rates, self.errors)
+
+
+def damage_of(rates: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """What giving each block each width costs: [layers, groups, 2, blocks, widths]; see `Found` for the arguments."""
+    return rates[:, None, :, None, None] * errors
 
 
 def search(
@@ -113,18 +118,17 @@ def search(
     windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
     network = source.load(dtype, device)
     found = probe(network, adapter, windows, widths, shards)
-    path = found.path
     made = how_made("search", text, windows, seed, network) | {
         "widths": list(widths),
         "shards": shards,
         "exponent": found.exponent,
         "passes": found.passes,
     }
-    budget = first_reachable(path, DEFAULT_BUDGETS if set(path.widths) - {16, 0} else DEFAULT_BUDGETS[1:])
+    budget = first_reachable(found.path, DEFAULT_BUDGETS if set(found.path.widths) - {16, 0} else DEFAULT_BUDGETS[1:])
     config = config.model_copy(
         update={"made": {**config.made, "search": made}, "default_budget": budget, "quality": []}
     )
-    searched = Adapter(config, found.bases, path)
+    searched = Adapter(config, found.bases, found.path)
     if eval_windows:
         searched = with_quality(searched, network, held_out, MEASURED_BUDGETS, source.itemsize)
     searched.save(output, model_card(searched.config))
@@ -174,8 +178,7 @@ def probe(
     saved = np.maximum(saved, LEAST_SHARE * everything / len(places))
     rates = saved / np.where(predicted > 0, predicted, 1.0)
     paths: dict[float | None, AllocationPath] = {
-        exponent: least_damage_path(shape, rates[:, None, :, None, None] ** exponent * errors, widths, shards)
-        for exponent in EXPONENTS
+        exponent: least_damage_path(shape, damage_of(rates**exponent, errors), widths, shards) for exponent in EXPONENTS
     }
     if _suits(adapter, widths, shards):
         paths[None] = adapter.path

@@ -24,7 +24,7 @@ from vllm_mkv.evaluation.losses import draw_losses
 from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
-from vllm_mkv.fit.data import with_repeats
+from vllm_mkv.fit.data import check_repeats, with_repeats
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import MEASURED_BUDGETS
@@ -138,6 +138,7 @@ def train(
         dataloader_pin_memory=False,
     )
     context = choose_context(source.config, context)
+    check_repeats(repeats, context)
     given = {
         "adapter": config.weights_sha256,
         "text": [str(name) for name in text],
@@ -194,7 +195,7 @@ def train(
 
 def _plain_tokens(source: Source) -> np.ndarray:
     """Token ids that stand for text."""
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     known = min(len(tokenizer), source.config.get_text_config(decoder=True).vocab_size)
     return np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
 
