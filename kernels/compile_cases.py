@@ -77,6 +77,21 @@ CASES = {
         ),
         4, 4, launches=LAUNCHES,
     ),
+    # The same with rows of any length, as a search leaves them.
+    "tiers-j4-uneven": Case(
+        (
+            (blocks(b16=16, b8=48, b4=208, b2=144, b0=96), blocks(b8=32, b4=176, b2=208, b0=96)),
+            (blocks(b8=80, b4=240, b2=80, b0=112), blocks(b8=16, b4=240, b2=144, b0=112)),
+        ),
+        4, 4, nvidia_only=True,
+    ),
+    "tiers-j1-uneven": Case(
+        (
+            (blocks(b8=16, b4=48, b2=48, b0=16), blocks(b4=80, b2=48)),
+            (blocks(b4=80, b2=16, b0=32), blocks(b8=16, b4=48, b2=16, b0=48)),
+        ),
+        1, 4, fold_up=True,
+    ),
     "tiers-j1": Case(
         (
             (blocks(b8=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),
@@ -141,27 +156,13 @@ class Known:
 
 
 KNOWN = (
-    Known(
-        "loads",
-        8,
-        "tiers-*",
-        "*",
-        "[0-9]*",
-        "Triton keeps coded rows for products in 16 bits in shared memory by vectors of 8 bytes, and copies no more",
-    ),
-    Known("loads", 4, "tiers-*", "*", "*", "a tile of a tier has fewer than 8 bytes per thread"),
-    Known("loads", 2, "tiers-*-head-256", "*", "*", "the same; of more tokens, accumulators leave no registers"),
-    Known("loads", 8, "full-rank-head-256", "prefill", "*", "of 16 tokens, 256 threads load 8 bytes each; 128 spill"),
-    Known("loads", 1, "narrow-tiers-*", "*", "*", "a token's row of a tier has 4 or 8 bytes"),
-    Known(
-        "shared",
-        102144,
-        "narrow-tiers-j8",
-        "*",
-        "[0-9]*",
-        "near full rank, q' and 16 tokens of all tiers of 8 heads; needs a GPU with more than 99 KB",
-    ),
-    Known("spills", 16, "narrow-tiers-j8", "prefill", "[19]0*", "the same case: addresses of 22 tiles"),
+    Known("loads", 8, "tiers-j[128]*", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
+    Known("loads", 4, "*-uneven", "*", "*", "rows of some tier are a multiple of 4 bytes, not of 8"),
+    Known("loads", 2, "narrow-tiers-*", "*", "*", "rows of some tier have 4 bytes, or a tile 2 per thread"),
+    Known("loads", 4, "tiers-j4*", "*", "gfx942", "of 32 tokens, 256 threads load 4 or 8 bytes each; 64 spill"),
+    Known("spills", 16, "tiers-j1", "prefill", "[19]0*", "addresses of rows of 8 bytes, beside a warp's accumulators"),
+    Known("spills", 56, "*-uneven", "*", "*", "the same, of rows of 4 bytes"),
+    Known("spills", 112, "narrow-tiers-*", "*", "*", "the same, of 6 and more tiers"),
 )
 
 

@@ -13,6 +13,7 @@ is launched there. One line per kernel:
     shared   bytes of shared memory per program
     mma      tensor-core instructions
     code     instructions in all
+    loop     instructions of the longest loop: of attention, what a tile of tokens takes
     loads    global loads of keys and values, as bytes per thread x how many instructions load as many
 
 The bar: no spills, shared memory that every GPU of the architecture has, tensor cores in decode and prefill, and keys
@@ -51,7 +52,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mkv_kernels.fused.tile import load_pages
+from mkv_kernels.fused.tile import load_tile
 
 ARCHITECTURES = ("80", "90", "100", "gfx942")
 SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
@@ -63,6 +64,8 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA_MMA = ("HMMA", "HGMMA", "UTCHMMA")
 AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
 AMD_LOAD = re.compile(rf"(?:global|buffer)_load_({'|'.join(AMD_LOADS)})")
+NVIDIA_LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?[A-Z][A-Z0-9_.]+(?:.*`\((?P<to>\.L\w+)\))?")
+AMD_LINE = re.compile(r"\s+[a-z]+_\w+(?:\s+(?P<to>\.L\w+))?")
 WARP_SIZE = {"cuda": 32, "hip": 64}
 
 
@@ -74,6 +77,7 @@ class Found:
     spills: int
     mma: int
     code: int
+    loop: int
     loads: Counter[int]
 
 
@@ -89,6 +93,7 @@ class Row:
     spills: int
     mma: int
     code: int
+    loop: int
     loads: dict[int, int]
     seconds: float
     beyond: list[str] = field(default_factory=list)
@@ -101,12 +106,14 @@ class Row:
         verdict = "; ".join(
             f"{word} {', '.join(which)}" for word, which in (("BEYOND", self.beyond), ("known", self.known)) if which
         )
-        numbers = (self.warps, self.registers, self.spills, self.shared, self.mma, self.code)
+        numbers = (self.warps, self.registers, self.spills, self.shared, self.mma, self.code, self.loop)
         return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, verdict or "ok")
 
 
-HEAD = ("arch", "case", "launch", "kernel", "warps", "regs", "spills", "shared", "mma", "code", "loads", "verdict")
-WIDTHS = (6, 18, 11, 7, 5, 4, 6, 6, 4, 5, 18, 0)
+HEAD = (
+    "arch", "case", "launch", "kernel", "warps", "regs", "spills", "shared", "mma", "code", "loop", "loads", "verdict",
+)  # fmt: skip
+WIDTHS = (6, 18, 11, 7, 5, 4, 6, 6, 4, 5, 4, 18, 0)
 
 
 class CompileOnly:
@@ -155,7 +162,7 @@ def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
 
 def loads_pages(file: str, line: int) -> bool:
     """Whether a line of the source is one that loads keys and values."""
-    lines, first = inspect.getsourcelines(load_pages.fn)
+    lines, first = inspect.getsourcelines(load_tile.fn)
     return file.endswith("tile.py") and first <= line < first + len(lines)
 
 
@@ -173,51 +180,70 @@ def read_nvidia(kernel: Any) -> tuple[Found, str]:
         )  # fmt: skip
     opcodes: Counter[str] = Counter()
     loads: Counter[int] = Counter()
-    for instruction, in_load_pages in nvidia_instructions(code):
+    for instruction, in_load_tile in nvidia_instructions(code):
         opcode, *modifiers = instruction.split(".")
         opcodes[opcode] += 1
-        if in_load_pages and opcode in ("LDG", "LDGSTS"):
+        if in_load_tile and opcode in ("LDG", "LDGSTS"):
             bits = [int(m[1]) for modifier in modifiers if (m := re.fullmatch(r"[US]?(8|16|32|64|128)", modifier))]
             loads[bits[-1] // 8 if bits else 4] += 1
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    return Found(registers, stack, sum(opcodes[mma] for mma in NVIDIA_MMA), opcodes.total(), loads), code
+    mma = sum(opcodes[name] for name in NVIDIA_MMA)
+    return Found(registers, stack, mma, opcodes.total(), longest_loop(code, NVIDIA_LINE), loads), code
+
+
+def longest_loop(code: str, line_of_code: re.Pattern[str]) -> int:
+    """Instructions from a label to the last branch back to it, the most of all labels.
+
+    Args:
+        line_of_code: of an instruction, its opcode and what it branches to, if anything.
+    """
+    begins: dict[str, int] = {}
+    count = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            begins[label[1]] = count
+        elif instruction := line_of_code.match(line):
+            count += 1
+            if instruction["to"] in begins:
+                longest = max(longest, count - begins[instruction["to"]])
+    return longest
 
 
 def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
     """Opcodes with their modifiers, and whether they load keys and values."""
-    in_load_pages, after_instruction = False, True
+    in_load_tile, after_instruction = False, True
     for line in code.splitlines():
         if source := re.search(r'//## File "([^"]+)", line (\d+)', line):
             # Callers follow the line that was inlined into them.
             if after_instruction:
-                in_load_pages = loads_pages(source[1], int(source[2]))
+                in_load_tile = loads_pages(source[1], int(source[2]))
             after_instruction = False
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
             after_instruction = True
-            yield found[1], in_load_pages
+            yield found[1], in_load_tile
 
 
 def read_amd(kernel: Any) -> tuple[Found, str]:
     code = kernel.asm["amdgcn"]
     files: dict[str, str] = {}
-    in_load_pages = False
+    in_load_tile = False
     mma, count = 0, 0
     loads: Counter[int] = Counter()
     for line in code.splitlines():
         if named := re.match(r'\s+\.file\s+(\d+)\s+.*"([^"]+)"', line):
             files[named[1]] = named[2]
         elif place := re.match(r"\s+\.loc\s+(\d+)\s+(\d+)", line):
-            in_load_pages = loads_pages(files.get(place[1], ""), int(place[2]))
+            in_load_tile = loads_pages(files.get(place[1], ""), int(place[2]))
         elif instruction := re.match(r"\s+([a-z]+_\w+)", line):
             count += 1
             mma += instruction[1].startswith("v_mfma")
-            if in_load_pages and (load := AMD_LOAD.match(instruction[1])):
+            if in_load_tile and (load := AMD_LOAD.match(instruction[1])):
                 loads[AMD_LOADS[load[1]]] += 1
     registers, scratch = (
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
         for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Found(registers, scratch, mma, count, loads), code
+    return Found(registers, scratch, mma, count, longest_loop(code, AMD_LINE), loads), code
 
 
 def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:
@@ -234,7 +260,7 @@ def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> 
             rows.append(
                 Row(
                     name, launch, kernel, arch, metadata.num_warps, metadata.shared, found.registers, found.spills,
-                    found.mma, found.code, dict(found.loads), round(seconds, 1),
+                    found.mma, found.code, found.loop, dict(found.loads), round(seconds, 1),
                 )
             )  # fmt: skip
             if asm is not None:
@@ -274,7 +300,7 @@ def is_known(known: Known, row: Row, number: int) -> bool:
 
 def line_of(cells: tuple[str, ...]) -> str:
     return " ".join(
-        cell.rjust(width) if 4 <= place <= 9 else cell.ljust(width)
+        cell.rjust(width) if 4 <= place <= 10 else cell.ljust(width)
         for place, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
     ).rstrip()
 

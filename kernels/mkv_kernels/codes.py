@@ -11,8 +11,9 @@ A scale takes one byte, 5 bits of exponent and 3 of mantissa: the float16 number
 to them. So it is within a seventeenth of the root mean square, and what divides a token's coordinates when they are
 stored is exactly what multiplies their codes.
 
-Bytes: a tier of S coordinates takes S b / 8 bytes per token. Byte j holds, from its lowest bits on, the codes of the
-coordinates j, j + S b / 8, j + 2 S b / 8, ..: unpacking one of the 8 / b parts gives neighbours, and needs no shuffle.
+Words: a tier of S coordinates takes W = S b / 16 words of 16 bits per token, low byte first. Word j holds, from its
+lowest bits on, the codes of the coordinates j, j + W, j + 2 W, ..: unpacking one of the 16 / b parts gives neighbours,
+of the size that products take, and needs no shuffle.
 """
 
 from __future__ import annotations
@@ -65,17 +66,17 @@ def odd_integers(codes: torch.Tensor, width: int) -> torch.Tensor:
 
 def pack(codes: torch.Tensor, width: int) -> torch.Tensor:
     """uint8 [.., S] to uint8 [.., S width / 8]; see the module's docstring for which code lies where."""
-    parts = codes.unflatten(-1, (8 // width, -1))
+    parts = codes.unflatten(-1, (2, 8 // width, -1))
     packed = parts[..., 0, :]
     for part in range(1, 8 // width):
         packed = packed | (parts[..., part, :] << (part * width))
-    return packed
+    return packed.mT.flatten(-2)
 
 
 def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
     """The inverse of `pack`."""
-    mask = (1 << width) - 1
-    return torch.cat([(packed >> (part * width)) & mask for part in range(8 // width)], dim=-1)
+    mask, low_and_high = (1 << width) - 1, packed.unflatten(-1, (-1, 2)).mT
+    return torch.stack([(low_and_high >> (part * width)) & mask for part in range(8 // width)], dim=-2).flatten(-3)
 
 
 def encode(x: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:

@@ -20,15 +20,16 @@ def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_decode_and_prefill_meet_the_bar(tmp_path: Path) -> None:
-    ran = check("--case", "ranks-j1", "--launch", "decode", "--launch", "prefill", "--json", tmp_path / "rows.json")
+@pytest.mark.parametrize("case", ["ranks-j1", "tiers-j4-window"])
+def test_decode_and_prefill_meet_the_bar(case: str, tmp_path: Path) -> None:
+    ran = check("--case", case, "--launch", "decode", "--launch", "prefill", "--json", tmp_path / "rows.json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]
     assert [row["kernel"] for row in rows] == ["attend", "combine", "prefill"]
     for row in rows:
         assert row["spills"] == 0 and row["shared"] <= 99 * 1024 and not row["beyond"]
         if row["kernel"] != "combine":
-            assert row["mma"] > 0 and set(row["loads"]) == {"16"}
+            assert row["mma"] > 0 and set(row["loads"]) == {"16"} and 0 < row["loop"] < row["code"]
 
 
 def test_what_is_beyond_the_bar_fails() -> None:

@@ -79,7 +79,7 @@ def test_windows_and_soft_caps(make_layer, window, soft_cap, J, dtype):
     """Whole prompts, and chunks that begin within, at the end of and far behind a window."""
     groups = ("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")
     layer = make_layer(*groups, J=J, dtype=dtype, window=window, soft_cap=soft_cap)
-    step = layer.step((63, 17, 300, 130, 1), (63, 2, 41, 129, 1))
+    step = layer.step((33, 17, 300, 70, 1), (33, 2, 9, 69, 1))
     found = run(layer, step)
     layer.check(found, step)
     if window:

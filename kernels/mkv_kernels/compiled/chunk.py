@@ -21,6 +21,7 @@ from mkv_kernels.compiled.tile import (
     NIBBLES,
     TOKENS,
     cap,
+    coordinate_of,
     floats,
     int32s,
     int64s,
@@ -59,11 +60,11 @@ def load_query(
         parts = 4 if tier == 2 else 2
         for part in range(parts):
             # Of 8 bits, the upper half is worth 16 times the lower, of the same coordinate.
-            start = coordinate + (0 if tier == 0 else part * size)
             times = odd_2 if tier == 2 else (odd_4 * 16 if tier == 0 and part == 1 else odd_4)
             for byte in range(size):
                 at = row_at + (first_unit + byte // UNIT * parts + part) * stride + byte % UNIT * operand
-                store_operand(at, load_number(number_at + (start + byte) * itemsize, kind) * times, pairs)
+                i = coordinate + coordinate_of(byte, 0 if tier == 0 else part, size, 1 if tier == 0 else parts)
+                store_operand(at, load_number(number_at + i * itemsize, kind) * times, pairs)
         first_unit += parts * ((size + UNIT - 1) // UNIT)
         coordinate += size * (1 if tier == 0 else parts)
     for i in range(key[1]):
@@ -235,13 +236,13 @@ def put_in_order(found_at: Int, o_at: Int, value_at: Int, rows: Int, pairs: bool
         size = value[3 + 2 * tier]
         parts = 4 if tier == 2 else 2
         for part in range(parts):
-            start = coordinate + (0 if tier == 0 else part * size)
             for byte in range(size):
+                i = coordinate + coordinate_of(byte, 0 if tier == 0 else part, size, 1 if tier == 0 else parts)
                 x = o[(first_unit + byte // UNIT * parts + part) * stride + place_in_unit(byte % UNIT, pairs)]
                 if tier == 0 and part == 1:
-                    found[start + byte] += x * (16 * odd_4)
+                    found[i] += x * (16 * odd_4)
                 else:
-                    found[start + byte] = x * (odd_2 if tier == 2 else odd_4)
+                    found[i] = x * (odd_2 if tier == 2 else odd_4)
         first_unit += parts * ((size + UNIT - 1) // UNIT)
         coordinate += size * (1 if tier == 0 else parts)
     for i in range(value[1]):

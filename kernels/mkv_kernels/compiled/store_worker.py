@@ -19,6 +19,7 @@ from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, SCALE_SHIFT, STEPS
 from mkv_kernels.compiled.entry import compile_entry, record, sources
 from mkv_kernels.compiled.tile import (
     SIDE_FIELDS,
+    coordinate_of,
     fetch_add,
     floats,
     int32s,
@@ -139,7 +140,7 @@ def write_tier(out: Any, x_at: Any, num_bytes: Any, scale: Any, width: Any, step
     for byte in range(num_bytes):
         bits = 0
         for part in range(8 // width):
-            bits |= code(x[byte + part * num_bytes] / scale, step, half) << (part * width)
+            bits |= code(x[coordinate_of(byte, part, num_bytes, 8 // width)] / scale, step, half) << (part * width)
         packed[byte] = bits
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic
 
@@ -88,6 +89,12 @@ def pointer_to(element: Any) -> Any:
 
 
 int64s, int32s, floats, uint8s = (pointer_to(t) for t in (types.int64, types.int32, types.float32, types.uint8))
+
+
+@njit
+def coordinate_of(byte: Any, part: Any, num_bytes: Any, parts: Any) -> Any:
+    """Of a tier's coordinates, the one whose code is part `part` of the `parts` in a byte; see `codes`."""
+    return (byte % 2 * parts + part) * (num_bytes // 2) + byte // 2
 
 
 @intrinsic

@@ -29,6 +29,19 @@ FEW_ROWS = 512
 """Tokens times query heads of a KV head, up to which combining is short of programs rather than of arithmetic."""
 
 
+@triton.jit
+def _rows_of(query_start_loc_ptr, HEADS: tl.constexpr, M: tl.constexpr):
+    """Of a program's rows: token in the step, head within the group, whether there is one, and query of the request;
+    and the request's number of queries."""
+    request = tl.program_id(1)
+    # Volatile, since else the compiler would keep what it read before.
+    q_start = tl.load(query_start_loc_ptr + request, volatile=True)
+    q_len = tl.load(query_start_loc_ptr + request + 1, volatile=True) - q_start
+    rows = tl.program_id(2) * M + tl.arange(0, M)
+    q_index = rows // HEADS
+    return (q_start + q_index).to(tl.int64), rows % HEADS, q_index < q_len, q_index, q_len
+
+
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
 @triton.jit(
     do_not_specialize=["num_programs", "stride_table"],
@@ -73,8 +86,7 @@ def _attend_kernel(
     split = tl.load(programs_ptr + 4 * program + 1)
     num_splits = tl.load(programs_ptr + 4 * program + 2)
     seq_len = tl.load(seq_lens_ptr + request)
-    q_start = tl.load(query_start_loc_ptr + request)
-    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
+    token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
 
     begin = 0
     if WINDOW > 0:
@@ -84,11 +96,7 @@ def _attend_kernel(
     first = begin + split * tokens
     last = tl.minimum(first + tokens, seq_len)
 
-    rows = tl.program_id(2) * M + tl.arange(0, M)
-    q_index, head = rows // HEADS, rows % HEADS
-    row_mask = q_index < q_len
     row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
-    token = (q_start + q_index).to(tl.int64)
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
     region_k = regions_ptr + group * (2 * FIELDS)
     region_v = region_k + FIELDS
@@ -108,7 +116,6 @@ def _attend_kernel(
         M,
         N,
         STAGES,
-        True,
         PTX,
         KEY,
         VALUE,
@@ -117,6 +124,9 @@ def _attend_kernel(
         SOFT_CAP,
     )
 
+    # Read and derived again: kept through the loop, they would take registers that it needs.
+    token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
+    region_v = regions_ptr + tl.load(programs_ptr + 4 * program, volatile=True) * (2 * FIELDS) + FIELDS
     at = (token * num_programs + program) * HEADS + head
     tl.store(stats_ptr + 2 * at, m, mask=row_mask)
     tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
@@ -128,7 +138,7 @@ def _attend_kernel(
                 _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
                 for tile in tl.static_range(0 + VALUE[1][tier]):
                     col = tile * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
-                    for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+                    for part in tl.static_range(1 << tier):
                         to = partial_ptr + (at * stride_partial)[:, None] + (begin + part * size + col)[None, :]
                         tl.store(to, left[0], mask=row_mask[:, None] & (col < size)[None, :])
                         left = left[1:]

@@ -62,11 +62,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program takes at once: `rows` of queries and `tokens`, in `stages` buffers, by `warps` warps.
+    """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps.
 
     The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`): accumulators of all
-    value columns stay in registers; from 64 tokens (decode, whose products have the tokens as their rows) or 64 rows
-    (prefill) on, Hopper's tensor cores take q' from shared memory in place of registers.
+    value columns stay in registers; from 64 rows on, Hopper's tensor cores take q' from shared memory in place of
+    registers.
     """
 
     rows: int
@@ -76,38 +76,42 @@ class Tiles:
 
     @classmethod
     def of_decode(cls, table: LayerTable, rows: int, itemsize: int, target: Target) -> Tiles:
+        if _is_coded(table):
+            return cls._of_coded(table, 16, itemsize, target)
         columns = max(16, table.value.columns)
         rows = min(64, max(16, power_of_two(rows)))
-        coded = _is_coded(table)
-        if coded or rows * columns > 64 * 320 or not _fits(table, rows, 64, 2, itemsize):
+        if rows * columns > 64 * 320 or not _fits(table, rows, 64, 3, itemsize):
             rows = 16
-        # Beside many accumulators, unpacked codes of 64 tokens leave no registers.
-        # For Blackwell, Triton 3.9 copies coded rows byte by byte where products have 64 rows, and refuses to.
-        most = 32 if (rows == 16 and columns > 320) or (coded and target.generation >= 10) else 64
-        return cls(rows, *_tokens(table, rows, most, itemsize), _warps(rows, columns, target))
+        return cls(rows, *_tokens(table, rows, 64, itemsize), _warps(rows, columns, target))
 
     @classmethod
     def of_prefill(cls, table: LayerTable, query_heads: int, itemsize: int, target: Target) -> Tiles:
+        # A tile holds whole tokens.
+        least = power_of_two(query_heads)
+        if _is_coded(table):
+            return cls._of_coded(table, max(16, least), itemsize, target)
         columns = table.value.columns
         rows = 128 if columns <= 192 else 64 if columns <= 384 else 16
-        coded = _is_coded(table)
-        if coded and target.backend == "cuda" and target.generation != 9:
-            # Before Hopper, every warp unpacks all codes into registers of its own; for Blackwell, see `of_decode`.
-            rows = 16
-        elif target.generation == 8 and columns > 192:
-            # So does every warp hold q' of all coordinates.
+        if target.generation == 8 and columns > 192:
+            # Before Hopper, every warp holds q' of all coordinates.
             rows = min(rows, 32)
         elif target.backend == "hip":
             rows = min(rows, 64)
-        # A tile holds whole tokens.
-        rows = max(rows, power_of_two(query_heads))
-        # With more tokens, more threads than one load a coded row's piece; they cost registers, as accumulators do.
-        most = 64 if coded and columns <= (320 if rows == 16 else 192) else 32
+        rows = max(rows, least)
         warps = _warps(rows, columns, target)
         if target.generation >= 9 and table.value.chunks[0] > 64:
             # The product with as many rows of D leaves 4 no registers.
             warps = 8
-        return cls(rows, *_tokens(table, rows, most, itemsize), warps)
+        return cls(rows, *_tokens(table, rows, 32, itemsize), warps)
+
+    @classmethod
+    def _of_coded(cls, table: LayerTable, rows: int, itemsize: int, target: Target) -> Tiles:
+        # More rows would share the unpacked codes, but Hopper's products of 64 rows take them from shared memory, where
+        # they would have to go first, and accumulators of 32 leave no registers. AMD's compiler spills 64 tokens; as to
+        # its warps, see `_warps`.
+        most_tokens, most_warps = (32, 4) if target.backend == "hip" else (64, 8)
+        warps = min(most_warps, table.coded_warps * rows // 16)
+        return cls(rows, *_tokens(table, rows, min(most_tokens, table.coded_tokens), itemsize), warps)
 
 
 def _is_coded(table: LayerTable) -> bool:
@@ -120,16 +124,23 @@ def _warps(rows: int, columns: int, target: Target) -> int:
 
 
 def _fits(table: LayerTable, rows: int, tokens: int, stages: int, itemsize: int) -> bool:
-    token_bytes = table.key.loaded_bytes(itemsize) + table.value.loaded_bytes(itemsize)
-    return stages * tokens * token_bytes + rows * table.key.columns * itemsize <= SHARED_BYTES
+    key_bytes, value_bytes = (tokens * side.loaded_bytes(itemsize) for side in (table.key, table.value))
+    queries = rows * table.key.columns * itemsize
+    if stages == 1:
+        return max(key_bytes, value_bytes) + queries <= SHARED_BYTES
+    # Values of the 16-bit tier are read from shared memory while the next ones arrive there; keys, and what is to be
+    # unpacked, are in registers by then.
+    value_bytes += tokens * table.value.chunks[0] * table.value.tiles[0] * itemsize
+    return key_bytes + value_bytes + queries <= SHARED_BYTES
 
 
 def _tokens(table: LayerTable, rows: int, most: int, itemsize: int) -> tuple[int, int]:
-    """Tokens of a tile and its buffers: as many tokens as fit twice.
+    """Tokens of a tile and stages of their loads: as many tokens as fit while the next ones arrive, or 32, or 16.
 
-    Where these are 16 at most, coded tiers take one buffer: the addresses of two leave no registers.
+    Triton takes 3 stages for pages that are found through a block table: that is looked up two tiles ahead, what it
+    says is copied one ahead.
     """
-    sizes = [(tokens, 2) for tokens in (64, 32, 16) if tokens <= most]
+    sizes = [(tokens, 3) for tokens in (64, 32, 16) if tokens <= most]
     if _is_coded(table):
         sizes[-1] = (32, 1)
     return next((size for size in sizes if _fits(table, rows, *size, itemsize)), (16, 1))

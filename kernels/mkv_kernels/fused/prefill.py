@@ -118,7 +118,6 @@ def _prefill_kernel(
             M,
             N,
             STAGES,
-            False,
             PTX,
             KEY,
             VALUE,
@@ -138,10 +137,19 @@ def _prefill_kernel(
             if VALUE[0][tier] > 0:
                 _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
                 for i in tl.static_range(0 + VALUE[1][tier]):
-                    col = i * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
-                    for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
-                        at = begin + part * size + col
-                        o = left[0] * share
+                    # Products sum over 16 at least: of narrow tiles, parts go in pairs.
+                    for part in tl.static_range(0, 1 << tier, 1 if VALUE[0][tier] >= 16 else 2):
+                        if VALUE[0][tier] >= 16:
+                            o = left[0] * share
+                            col = i * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
+                            at = begin + part * size + col
+                            left = left[1:]
+                        else:
+                            o = tl.reshape(tl.join(left[0], left[1]), [M, 2 * VALUE[0][tier]]) * share
+                            place = tl.arange(0, 2 * VALUE[0][tier])
+                            col = i * VALUE[0][tier] + place // 2
+                            at = begin + (part + place % 2) * size + col
+                            left = left[2:]
                         if FOLDED:
                             o += tl.load(mean_ptr + kv_head * D + at, mask=col < size, other=0.0)[None, :]
                             tl.store(
@@ -156,7 +164,6 @@ def _prefill_kernel(
                                 other=0.0,
                             )  # [C, D]
                             result = tl.dot(o, b_up, result, input_precision=PRECISION)
-                        left = left[1:]
         inside = i_d < D
         if FOLDED:
             # A coordinate that is not stored counts as its mean.

@@ -19,7 +19,7 @@ from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, STEPS
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable
-from mkv_kernels.fused.tile import rank_of, tier_of
+from mkv_kernels.fused.tile import rank_of, tier_of, words_at
 from mkv_kernels.fused.unpack import scale_codes, scale_values
 
 FEW_TOKENS = 64
@@ -46,7 +46,10 @@ def _project(
 def _pack_tier(
     rows, row_mask, scale, to, size, begin, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
 ):
-    """Codes of a tier, see `codes.quantise` and `codes.pack`. Shapes: rows [ROWS] pointers to float32, to [ROWS]."""
+    """Codes of a tier, see `codes.quantise` and `codes.pack`.
+
+    Shapes: rows [ROWS] pointers to float32, to [ROWS] pointers to words.
+    """
     HALF: tl.constexpr = 1 << (WIDTH - 1)
     # One division per token: a coordinate within a rounding of a level's edge may get the code beside its twin's.
     levels = tl.div_rn(1.0, scale * STEP)[:, None]
@@ -54,13 +57,13 @@ def _pack_tier(
         col = start + tl.arange(0, C)
         mask = row_mask[:, None] & (col < size)[None, :]
         packed = tl.zeros([ROWS, C], dtype=tl.int32)
-        for part in tl.static_range(8 // WIDTH):
+        for part in tl.static_range(16 // WIDTH):
             at = rows[:, None] + (begin + part * size + col)[None, :]
             x = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
             code = tl.floor(x * levels) + HALF
             code = tl.minimum(tl.maximum(code, 0.0), 2.0 * HALF - 1.0)
             packed |= code.to(tl.int32) << (part * WIDTH)
-        tl.store(to[:, None] + col[None, :], packed.to(tl.uint8), mask=mask)
+        tl.store(to[:, None] + col[None, :], packed.to(tl.int16), mask=mask)
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def _pack(
     for tier in tl.static_range(1, 4):
         if SIDE[0][tier] > 0:
             offset, size, begin = tier_of(region, tier, SIDE[2][tier])
-            to = memory_ptr + block * stride_memory + (offset + slot * size)
+            to = words_at(memory_ptr + block * stride_memory, offset, slot, size)
             _pack_tier(rows, row_mask, scale, to, size, begin - exact, 16 >> tier, STEPS[tier], ROWS, C)
 
 

@@ -8,8 +8,8 @@ values:
     offset and size of the tier of 16, 8, 4 and 2 bits; offset of the token scales
 
 Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in bytes for all others. Sizes are
-coordinates for 16 bits and bytes per token for the others, 0 where a group has no such tier; the scales' offset is -1
-where it has none at all.
+coordinates for 16 bits and words of 16 bits per token for the others, 0 where a group has no such tier; the scales'
+offset is -1 where it has none at all.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TILES = (64, 128)
 """Coordinates of the 16-bit tier that are loaded at once: the more where padding does not grow by it, so that few
 tokens are enough for every thread to load 16 bytes, and heads are not large, for prefill multiplies as many rows of D.
 """
-LOADED_BYTES = (32, 64)
-"""Bytes of a coded tier's row that are loaded at once: the more where padding does not grow by it."""
+LOADED_WORDS = (16, 32)
+"""Words of a coded tier's row that are loaded at once: the more where padding does not grow by it."""
 LEAST_COST = 0.25
 """What a token of a group without any bytes costs a decode program, against one of the group with most bytes: products
 with keys are padded to the layer's largest ranks, and the softmax is everybody's."""
@@ -46,7 +46,7 @@ _STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 class SideShape:
     """Maxima of one side over a layer's groups, which are compiled into the kernels; per tier of 16, 8, 4, 2 bits.
 
-    chunks: coordinates (16 bits) or bytes (others) that are loaded at once; 0 where no group has the tier.
+    chunks: coordinates (16 bits) or words (others) that are loaded at once; 0 where no group has the tier.
     tiles: chunks that hold the tier of every group, rounded up to few values so that few kernels are compiled.
     aligns: bytes that the length of every token's row is a multiple of, 16 at most; for 16 bits the elements that every
         region starts on a multiple of.
@@ -59,11 +59,11 @@ class SideShape:
     @property
     def columns(self) -> int:
         """Coordinates that the tiles have room for."""
-        return sum(chunk * tile * per for chunk, tile, per in zip(self.chunks, self.tiles, (1, 1, 2, 4), strict=True))
+        return sum(chunk * tile * per for chunk, tile, per in zip(self.chunks, self.tiles, (1, 2, 4, 8), strict=True))
 
     def loaded_bytes(self, itemsize: int) -> int:
         """Bytes per token that the tiles take."""
-        sizes = (itemsize, 1, 1, 1)
+        sizes = (itemsize, 2, 2, 2)
         return sum(chunk * tile * size for chunk, tile, size in zip(self.chunks, self.tiles, sizes, strict=True))
 
     @property
@@ -72,19 +72,32 @@ class SideShape:
         return (self.chunks, self.tiles, self.aligns)
 
     @classmethod
-    def of(cls, sides: list[SideLayout], itemsize: int, head_size: int) -> SideShape:
+    def of(cls, sides: list[SideLayout], itemsize: int, head_size: int, words: int = 16) -> SideShape:
+        """`words` are the fewest of a coded tier to load at once: 16 where a product sums over them."""
         chunks, tiles, aligns = [], [], []
         for tier, width in enumerate(TIERS):
             sizes = [size for side in sides if (size := tier_sizes(side)[tier])]
             most = max(sizes, default=0)
-            longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_BYTES[most > 96]
-            chunk = min(longest, power_of_two(most))
-            chunks.append(max(chunk, 16) if sizes else 0)
+            longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_WORDS[most > 48]
+            chunk = max(16 if width == 16 else words, min(longest, power_of_two(most)))
+            chunks.append(chunk if sizes else 0)
             needed = -(-most // chunks[-1]) if sizes else 0
             tiles.append(next(step for step in _STEPS if step >= needed))
-            aligns.append(min([ALIGNMENT, *(size & -size for size in sizes)]))
+            aligns.append(min([ALIGNMENT, *(2 * (size & -size) for size in sizes)]))
         aligns[0] = ALIGNMENT // itemsize
         return cls(tuple(chunks), tuple(tiles), tuple(aligns))  # type: ignore[arg-type]
+
+
+CODED_TILES = ((8, 1, 64, 144), (16, 1, 32, 288), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
+"""For layers with codes: least words of a tier of values that are loaded at once, warps, tokens, and columns of values
+up to which these are taken. Warps share the columns, 8 words at least each, and accumulators of 16 rows of queries stay
+in registers: where there are few columns, more warps would unpack what others do."""
+
+
+def _coded_tiles(values: list[SideLayout], itemsize: int, head_size: int) -> tuple[SideShape, int, int]:
+    """Of `CODED_TILES` the first with room for the values: their shape, and warps and tokens of a program."""
+    shapes = [(SideShape.of(values, itemsize, head_size, words), rest) for words, *rest in CODED_TILES]
+    return next((shape, warps, tokens) for shape, (warps, tokens, columns) in shapes if shape.columns <= columns)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,8 @@ class Work:
 class LayerTable:
     """Built once per layer from its bases.
 
+    `coded_warps` and `coded_tokens` are those of a program where there are codes, see `CODED_TILES`.
+
     Shapes, with R the largest rank of the side in this layer; beyond a group's own rank there are zeros:
         regions:     [G, 2 * SIDE_FIELDS] int32
         key_down:    [G, Rk, n]    float32, as all bases; see `bases.RunBases`. What a product sums over is the last
@@ -127,6 +142,8 @@ class LayerTable:
     group_heads: int
     key: SideShape
     value: SideShape
+    coded_warps: int
+    coded_tokens: int
     regions: torch.Tensor
     key_down: torch.Tensor
     key_shift: torch.Tensor
@@ -149,12 +166,16 @@ class LayerTable:
             return _by_group(runs, name, len(groups), dim, size)
 
         rows = [_side_row(group.key, layout) + _side_row(group.value, layout) for group in groups]
+        values = [group.value for group in groups]
+        value, coded_warps, coded_tokens = _coded_tiles(values, layout.itemsize, bases.head_size)
         return cls(
             layout=layout,
             head_size=bases.head_size,
             group_heads=bases.group_heads,
             key=SideShape.of([group.key for group in groups], layout.itemsize, bases.head_size),
-            value=SideShape.of([group.value for group in groups], layout.itemsize, bases.head_size),
+            value=value,
+            coded_warps=coded_warps,
+            coded_tokens=coded_tokens,
             regions=torch.tensor(rows, dtype=torch.int32, device=device),
             key_down=padded("key_down", -1, rank_k).mT.contiguous(),
             key_shift=padded("key_shift", -1, rank_k),
@@ -192,9 +213,9 @@ def power_of_two(count: int) -> int:
 
 
 def tier_sizes(side: SideLayout) -> tuple[int, ...]:
-    """Coordinates of the 16-bit tier, then bytes per token of the others."""
+    """Coordinates of the 16-bit tier, then words per token of the others."""
     counts = {region.width: region.size for region in side.regions}
-    return tuple(counts.get(width, 0) * (8 if width == 16 else width) // 8 for width in TIERS)
+    return tuple(counts.get(width, 0) * width // 16 for width in TIERS)
 
 
 def _side_row(side: SideLayout, layout: PageLayout) -> list[int]:

@@ -5,9 +5,11 @@ A tier of the 16-bit width enters the tensor cores as it is. Of the others, the 
 for (see `codes`): no coordinate is multiplied by a scale, the token's scale multiplies its column of scores (keys) or
 its probability (values). Half steps are in the bases.
 
-Unpacking takes no shuffle: one part of a row's bytes, shifted and masked, gives neighbouring coordinates.
+Coded rows are loaded as words of 16 bits, which the tensor cores' operands have too: they take the same way through
+shared memory, 16 bytes at a time, and unpacking takes no shuffle. One part of a row's words gives neighbouring
+coordinates.
 
-Legend: M query rows, N tokens, C coordinates or bytes of a row at once. A "region" is a side's row of `table.regions`.
+Legend: M query rows, N tokens, C coordinates or words of a row at once. A "region" is a side's row of `table.regions`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,19 @@ import math
 import triton
 import triton.language as tl
 
-from mkv_kernels.fused.unpack import odd_integers, scale_values
+from mkv_kernels.fused.unpack import excess_of, scale_values, unpacked
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def tier_of(region, TIER: tl.constexpr, ALIGN: tl.constexpr):
-    """Offset, size and first coordinate of a tier."""
+    """Offset, numbers or words per token, and first coordinate of a tier; the offset of a coded one is in bytes."""
     start = 0
     for before in tl.static_range(TIER):
-        size = tl.load(region + 2 * before + 1)
-        start += size if before == 0 else size * (1 << (before - 1))
+        start += tl.load(region + 2 * before + 1) * (1 << before)
     offset = tl.multiple_of(tl.load(region + 2 * TIER), ALIGN if TIER == 0 else 16)
-    size = tl.multiple_of(tl.load(region + 2 * TIER + 1), 16 if TIER == 0 else ALIGN)
+    size = tl.multiple_of(tl.load(region + 2 * TIER + 1), 16 if TIER == 0 else ALIGN // 2)
     return offset, size, tl.multiple_of(start, 16)
 
 
@@ -39,20 +40,36 @@ def rank_of(region):
     """Coordinates of a side that are stored."""
     rank = tl.load(region + 1)
     for tier in tl.static_range(1, 4):
-        rank += tl.load(region + 2 * tier + 1) * (1 << (tier - 1))
+        rank += tl.load(region + 2 * tier + 1) * (1 << tier)
     return rank
 
 
 @triton.jit
-def token_scales(memory, page, slot, region, live):
-    """[N], 0 for tokens that are not live and for groups without coded tiers, whatever lies there."""
-    at = tl.load(region + 8) + slot * 0
-    return scale_values(tl.load(memory + page + (at + slot), mask=live & (at >= 0), other=0))
+def words_at(memory, offset, slot, size):
+    """Where the words of tokens begin whose rows of `size` words lie from a byte on."""
+    return (memory + (offset + slot * (2 * size))).to(tl.pointer_type(tl.int16), bitcast=True)
 
 
 @triton.jit
-def load_queries(query, row_mask, region, KEY: tl.constexpr, SWAPPED: tl.constexpr):
-    """q' of the rows by tier, tile and part, [M, C] each, or [C, M] where swapped, 0 beyond the group's rank.
+def load_scales(memory, page, slot, region):
+    """Scales of tokens, [N] words of the bytes of four neighbours; 0 for groups without coded tiers.
+
+    Words, since copies to shared memory, and with them fetching ahead, begin at 4 bytes.
+    """
+    at = tl.load(region + 8) + slot * 0
+    words = (memory + page + (tl.multiple_of(at, 16) + slot // 4 * 4)).to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words, mask=at >= 0, other=0)
+
+
+@triton.jit
+def scales_of(words, slot):
+    """[N] float32, from what `load_scales` loads."""
+    return scale_values(words >> slot % 4 * 8)
+
+
+@triton.jit
+def load_queries(query, row_mask, region, KEY: tl.constexpr):
+    """q' of the rows by tier, tile and part, [M, C] each, 0 beyond the group's rank.
 
     Shapes: query [M] pointers.
     """
@@ -62,42 +79,59 @@ def load_queries(query, row_mask, region, KEY: tl.constexpr, SWAPPED: tl.constex
             _, size, begin = tier_of(region, tier, KEY[2][tier])
             for tile in tl.static_range(0 + KEY[1][tier]):
                 col = tile * KEY[0][tier] + tl.arange(0, KEY[0][tier])
-                for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+                for part in tl.static_range(1 << tier):
                     at = begin + part * size + col
-                    if SWAPPED:
-                        b_q = tl.load(
-                            query[None, :] + at[:, None], mask=row_mask[None, :] & (col < size)[:, None], other=0.0
-                        )
-                    else:
-                        b_q = tl.load(
-                            query[:, None] + at[None, :], mask=row_mask[:, None] & (col < size)[None, :], other=0.0
-                        )
+                    mask = row_mask[:, None] & (col < size)[None, :]
+                    b_q = tl.load(query[:, None] + at[None, :], mask=mask, other=0.0)
                     tiles = tiles + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
 
 @triton.jit
-def load_pages(pages, strides, block, slot, live, region, SIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """One side of N tokens by tier and tile, [N, C] or [C, N] each, 0 for tokens that are not live.
-
-    Nothing is read beyond the group's rank. All of a side is loaded before any of it is used.
-    """
-    tiles = ()
+def excess_scores(queries, M: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constexpr):
+    """What the scores of every token have too much for keys unpacked with an excess, [M]; without the token's scale."""
+    above = tl.zeros([M], dtype=tl.float32)
     for tier in tl.static_range(4):
-        if SIDE[0][tier] > 0:
-            offset, size, _ = tier_of(region, tier, SIDE[2][tier])
-            if tier == 0:
-                rows = pages[0] + block * strides[0] + (offset + slot * size)
-            else:
-                rows = pages[1] + block * strides[1] + (offset + slot * size)
-            for tile in tl.static_range(0 + SIDE[1][tier]):
-                col = tile * SIDE[0][tier] + tl.arange(0, SIDE[0][tier])
-                if TRANSPOSED:
-                    b_x = tl.load(rows[None, :] + col[:, None], mask=(col < size)[:, None] & live[None, :], other=0)
-                else:
-                    b_x = tl.load(rows[:, None] + col[None, :], mask=live[:, None] & (col < size)[None, :], other=0)
-                tiles = tiles + (b_x,)  # type: ignore[assignment]  # noqa: RUF005
-    return tiles
+        if KEY[0][tier] > 0:
+            columns = tl.zeros([M, 0 + KEY[0][tier]], dtype=tl.float32)
+            for _ in tl.static_range(0 + KEY[1][tier]):
+                for part in tl.static_range(1 << tier):
+                    if tier > 0:
+                        columns += queries[0].to(tl.float32) * excess_of(16 >> tier, part, DTYPE)
+                    queries = queries[1:]
+            if tier > 0:
+                above += tl.sum(columns, 1)
+    return above
+
+
+@triton.jit
+def load_tile(
+    pages, strides, block, slot, region, SIDE: tl.constexpr, TIER: tl.constexpr, TILE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """A tile of a tier of one side of N tokens, [N, C] or [C, N]. Nothing is read beyond the group's rank."""
+    offset, size, _ = tier_of(region, TIER, SIDE[2][TIER])
+    if TIER == 0:
+        rows = pages[0] + block * strides[0] + (offset + slot * size)
+    else:
+        rows = words_at(pages[1] + block * strides[1], offset, slot, size)
+    col = TILE * SIDE[0][TIER] + tl.arange(0, SIDE[0][TIER])
+    if TRANSPOSED:
+        tile = tl.load(rows[None, :] + col[:, None], mask=(col < size)[:, None], other=0)
+    else:
+        tile = tl.load(rows[:, None] + col[None, :], mask=(col < size)[None, :], other=0)
+    return tile
+
+
+@triton.jit
+def load_values(pages, strides, block, slot, region, VALUE: tl.constexpr):
+    """A value side by tier and tile, see `load_tile`."""
+    values = ()
+    for tier in tl.static_range(4):
+        for tile in tl.static_range(0 + VALUE[1][tier]):
+            b_v = load_tile(pages, strides, block, slot, region, VALUE, tier, tile, False)
+            values = values + (b_v,)  # type: ignore[assignment]  # noqa: RUF005
+    return values
 
 
 @triton.jit
@@ -106,7 +140,7 @@ def no_values(M: tl.constexpr, VALUE: tl.constexpr):
     acc = ()
     for tier in tl.static_range(4):
         for _ in tl.static_range(0 + VALUE[1][tier]):
-            for _part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+            for _part in tl.static_range(1 << tier):
                 # In triton 3.6 an element of a constexpr tuple is no constexpr; a sum with one is.
                 acc = acc + (tl.zeros([M, 0 + VALUE[0][tier]], dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return acc
@@ -137,7 +171,6 @@ def attend_tokens(
     M: tl.constexpr,
     N: tl.constexpr,
     STAGES: tl.constexpr,
-    SWAPPED: tl.constexpr,
     PTX: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
@@ -147,9 +180,10 @@ def attend_tokens(
 ):
     """Returns maximum [M] and total [M] of the scores' powers of 2, and accumulators of v' (see `no_values`).
 
-    The loop has no loop inside and loads before it computes, so that the compiler can fetch a tile of tokens, of all
-    tiers, while it computes the one before. Loads are masked by the group's own sizes, and products with values skipped
-    where a group has none. Products with keys are not: a branch around Hopper's products costs more than they do.
+    The loop has no loop inside and loads a tile's values when its scores are done, so that the compiler can fetch the
+    next tile of tokens, of all tiers, while products with values are formed. Loads are masked by the group's own sizes,
+    and products with values skipped where a group has none. Products with keys are not: a branch around Hopper's
+    products costs more than they do.
 
     Args:
         query: [M] pointers to rows of q'.
@@ -157,8 +191,6 @@ def attend_tokens(
         first, last: tokens of the request, [first, last).
         pages, strides: the cache and its block stride as elements of the model's dtype and as bytes.
         block_table: pointer to the request's row.
-        SWAPPED: whether tokens are the rows of the products with keys, as they should be where they are more than the
-            queries' rows.
         PTX: see `unpack`.
         KEY, VALUE: chunks, tiles and aligns of `table.SideShape`.
         WINDOW: tokens that a row sees, the last included; 0 for all up to the last.
@@ -167,44 +199,37 @@ def attend_tokens(
     DTYPE: tl.constexpr = pages[0].dtype.element_ty
     CODED_K: tl.constexpr = KEY[0][1] + KEY[0][2] + KEY[0][3] > 0
     CODED_V: tl.constexpr = VALUE[0][1] + VALUE[0][2] + VALUE[0][3] > 0
-    queries = load_queries(query, row_mask, region_k, KEY, SWAPPED)
+    queries = load_queries(query, row_mask, region_k, KEY)
+    above = excess_scores(queries, M, KEY, DTYPE)
     m = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc = no_values(M, VALUE)
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        live = n < last
-        block = tl.load(block_table + n // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        slot = n % BLOCK_SIZE
-        keys = load_pages(pages, strides, block, slot, live, region_k, KEY, not SWAPPED)
-        values = load_pages(pages, strides, block, slot, live, region_v, VALUE, False)
+        # Behind the last token it is loaded again, and not seen: what lies there may be anything.
+        token = tl.minimum(n, last - 1)
+        block = tl.load(block_table + token // BLOCK_SIZE).to(tl.int64)
+        slot = token % BLOCK_SIZE
+        if CODED_K:
+            scales_k = load_scales(pages[1], block * strides[1], slot, region_k)
 
         b_q = queries
-        exact = tl.zeros([N, M] if SWAPPED else [M, N], dtype=tl.float32)
-        coded = tl.zeros([N, M] if SWAPPED else [M, N], dtype=tl.float32)
+        exact = tl.zeros([M, N], dtype=tl.float32)
+        coded = tl.zeros([M, N], dtype=tl.float32) - above[:, None]
         for tier in tl.static_range(4):
-            for _ in tl.static_range(0 + KEY[1][tier]):
-                for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+            for tile in tl.static_range(0 + KEY[1][tier]):
+                b_k = load_tile(pages, strides, block, slot, region_k, KEY, tier, tile, True)
+                for part in tl.static_range(1 << tier):
                     if tier == 0:
-                        if SWAPPED:
-                            exact = tl.dot(keys[0], b_q[0], exact, input_precision=PRECISION)
-                        else:
-                            exact = tl.dot(b_q[0], keys[0], exact, input_precision=PRECISION)
+                        exact = tl.dot(b_q[0], b_k, exact, input_precision=PRECISION)
                     else:
-                        b_k = odd_integers(keys[0], part, 16 >> tier, DTYPE, PTX)
-                        if SWAPPED:
-                            coded = tl.dot(b_k, b_q[0], coded, input_precision=PRECISION)
-                        else:
-                            coded = tl.dot(b_q[0], b_k, coded, input_precision=PRECISION)
+                        b_odd_k = unpacked(b_k, part, 16 >> tier, DTYPE, PTX, True)
+                        coded = tl.dot(b_q[0], b_odd_k, coded, input_precision=PRECISION)
                     b_q = b_q[1:]
-                keys = keys[1:]
         s = exact
         if CODED_K:
-            scale = token_scales(pages[1], block * strides[1], slot, region_k, live)
-            s += coded * (scale[:, None] if SWAPPED else scale[None, :])
-        if SWAPPED:
-            s = tl.trans(s)
-        seen = live[None, :] & (n[None, :] <= row_last[:, None])
+            s += coded * scales_of(scales_k, slot)[None, :]
+        seen = (n < last)[None, :] & (n[None, :] <= row_last[:, None])
         if WINDOW > 0:
             seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
         s *= qk_scale
@@ -219,23 +244,26 @@ def attend_tokens(
         total = total * alpha + tl.sum(p, 1)
         m = m_new
 
+        values = load_values(pages, strides, block, slot, region_v, VALUE)
+        if CODED_V:
+            scales_v = load_scales(pages[1], block * strides[1], slot, region_v)
         b_p = p.to(DTYPE)
         b_p_scaled = b_p
         if CODED_V:
-            b_p_scaled = (p * token_scales(pages[1], block * strides[1], slot, region_v, live)[None, :]).to(DTYPE)
+            b_p_scaled = (p * scales_of(scales_v, slot)[None, :]).to(DTYPE)
         added = ()
         for tier in tl.static_range(4):
             for tile in tl.static_range(0 + VALUE[1][tier]):
                 used = tile * VALUE[0][tier] < tl.load(region_v + 2 * tier + 1)
-                for part in tl.static_range(1 if tier == 0 else 1 << (tier - 1)):
+                for part in tl.static_range(1 << tier):
                     o = acc[len(added)]
                     if used:
                         o *= alpha[:, None]
                         if tier == 0:
                             o = tl.dot(b_p, values[0], o, input_precision=PRECISION)
                         else:
-                            b_v = odd_integers(values[0], part, 16 >> tier, DTYPE, PTX)
-                            o = tl.dot(b_p_scaled, b_v, o, input_precision=PRECISION)
+                            b_odd_v = unpacked(values[0], part, 16 >> tier, DTYPE, PTX, False)
+                            o = tl.dot(b_p_scaled, b_odd_v, o, input_precision=PRECISION)
                     added = added + (o,)  # type: ignore[assignment]  # noqa: RUF005
                 values = values[1:]
         acc = added

@@ -2,9 +2,11 @@
 """From packed codes to the odd integers that they stand for, in the dtype of the tensor cores.
 
 Plain Triton turns every code into an integer and converts it, at ten instructions per code and more: then a tier of 4
-bits takes longer to unpack than to read. On CUDA the codes of four bytes are unpacked together, with the bytes 0x43 in
-front that make 128 + x of a small x in bfloat16 (0x64: 1024 + x in float16); what is too much is subtracted again,
-exactly, at 1.5 instructions per code.
+bits takes longer to unpack than to read. On CUDA two words are unpacked together, in place: a code of b bits that lies
+s bits above the end of a mantissa of M bits, below the exponent of 2^(M + 1 - s), is the number 2^(M + 1 - s) + 2 code,
+the odd integer and an excess. Values are rid of it at once, exactly; for keys it is the same in every token, so that
+the sum of a query's coordinates times their excess is taken off its scores. A shift serves as many codes as the
+mantissa has room for: a code takes 0.6 to 1.5 instructions.
 """
 
 from __future__ import annotations
@@ -19,62 +21,80 @@ HALF_A_SCALE = tl.constexpr(1 << (codes.SCALE_SHIFT - 1))
 
 
 @triton.constexpr_function
-def ptx(width: int, part: int, half: bool) -> str:
-    """Unpacks one part of the four bytes in $2 to two numbers each in $0 and $1; `half` is float16, else bfloat16."""
-    dtype, above = ("f16x2", 0x64) if half else ("bf16x2", 0x43)
-    one, two = (0x3C003C00, 0x40004000) if half else (0x3F803F80, 0x40004000)
-    low, high = 0x4140, 0x4342  # bytes 0 and 1, or 2 and 3, each with `above` in front
+def _place(width: int, part: int, half: bool) -> tuple[int, int, int]:
+    """Of a part that fits in a mantissa: how far words are shifted down, where the code then begins, and the exponent
+    that it is put below. It begins at bit 1 at least, so that the odd integer and its excess fit the mantissa."""
+    mantissa = 10 if half else 7
+    per_shift = (mantissa - 1 - width) // width + 1
+    begin = 1 + part % per_shift * width
+    return part // per_shift * per_shift * width - 1, begin, mantissa + 1 - begin
 
-    def both(number: int) -> str:
-        return f"0x{number << 16 | number:08x}"
 
-    lines = [".reg .b32 t, a, u, v, w;", f"mov.b32 a, 0x{above * 0x01010101:08x};"]
-    if width < 8:
-        # Twice the code, so that the subtraction leaves an odd integer.
-        shift = part * width - 1
-        lines.append("shl.b32 t, $2, 1;" if shift < 0 else f"shr.b32 t, $2, {shift};")
-        lines.append(f"and.b32 t, t, 0x{(((1 << width) - 1) << 1) * 0x01010101:08x};")
-        # -(128 + 15) for 4 bits in bfloat16, and so on.
-        less = above << 8 | 0x8000 | ((1 << width) - 1)
-        for to, bytes_ in (("$0", low), ("$1", high)):
-            lines.append(f"prmt.b32 {to}, t, a, 0x{bytes_:04x};")
-            lines.append(f"mov.b32 u, {both(less)}; mov.b32 v, 0x{one:08x};")
-            lines.append(f"fma.rn.{dtype} {to}, {to}, v, u;")
-    elif half:
-        for to, bytes_ in (("$0", low), ("$1", high)):
-            lines.append(f"prmt.b32 {to}, $2, a, 0x{bytes_:04x};")
-            lines.append(f"mov.b32 u, {both(0xE400)}; mov.b32 v, 0x{one:08x};")
-            lines.append(f"fma.rn.{dtype} {to}, {to}, v, u;")
-            lines.append(f"mov.b32 u, {both(0xDBF8)}; mov.b32 v, 0x{two:08x};")
-            lines.append(f"fma.rn.{dtype} {to}, {to}, v, u;")
+@triton.constexpr_function
+def excess(width: int, part: int, half: bool) -> int:
+    """What `raised` integers have more than the odd ones; 0 for 8 bits in bfloat16, whose mantissa has 7."""
+    return 0 if width == 8 and not half else (1 << _place(width, part, half)[2]) + (1 << width) - 1
+
+
+@triton.constexpr_function
+def excess_of(width: int, part: int, dtype: tl.dtype) -> int:
+    """See `excess`; float32 has none, whose products are not to be rounded more than they are."""
+    return 0 if dtype == tl.float32 else excess(width, part, dtype == tl.float16)
+
+
+@triton.constexpr_function
+def ptx(width: int, part: int, half: bool, raised: bool) -> str:
+    """Unpacks one part of the two words in $1 to two numbers in $0; `half` is float16, else bfloat16."""
+    dtype, mantissa, bias = ("f16x2", 10, 15) if half else ("bf16x2", 7, 127)
+
+    def twice(bits: int) -> str:
+        return f"0x{bits << 16 | bits:08x}"
+
+    def power(exponent: int) -> int:
+        return bias + exponent << mantissa
+
+    def number(integer: int) -> str:
+        """Bits of an integer that the mantissa holds."""
+        size = abs(integer).bit_length() - 1
+        below = (abs(integer) << mantissa >> size) - (1 << mantissa)
+        return twice((0x8000 if integer < 0 else 0) | power(size) | below)
+
+    def shifted(bits: int) -> str:
+        return f"shl.b32 t, $1, {-bits};" if bits < 0 else f"shr.b32 t, $1, {bits};"
+
+    lines = [".reg .b32 t, u, v, w;"]
+    if width < mantissa:
+        shift, begin, exponent = _place(width, part, half)
+        lines.append(shifted(shift))
+        to = "$0" if raised else "t"
+        lines.append(f"lop3.b32 {to}, t, {twice((1 << width) - 1 << begin)}, {twice(power(exponent))}, 0xea;")
+        if not raised:
+            lines.append(f"mov.b32 u, {twice(power(0))}; mov.b32 v, {number(-excess(width, part, half))};")
+            lines.append(f"fma.rn.{dtype} $0, t, u, v;")
     else:
-        # Only 7 bits fit behind 128; where the eighth is set, 1 is added in place of -255.
-        lines.append("and.b32 t, $2, 0x7f7f7f7f;")
-        for to, bytes_, signs in (("$0", low, 0x9988), ("$1", high, 0xBBAA)):
-            lines.append(f"prmt.b32 w, $2, $2, 0x{signs:04x};")
-            lines.append(f"prmt.b32 {to}, t, a, 0x{bytes_:04x};")
-            lines.append(f"mov.b32 u, {both(0xC300)}; mov.b32 v, 0x{one:08x};")
-            lines.append(f"fma.rn.{dtype} {to}, {to}, v, u;")
-            lines.append(f"mov.b32 u, {both(0x3F80)}; mov.b32 v, {both(0xC37F)};")
-            lines.append("lop3.b32 w, w, u, v, 0xca;")
-            lines.append(f"mov.b32 v, 0x{two:08x};")
-            lines.append(f"fma.rn.{dtype} {to}, {to}, v, w;")
+        # 8 bits, of which the mantissa has 7: these become 1 to 255, and the highest, in the exponent, -256 or 0.
+        lines.append(shifted(part * width))
+        lines.append(f"lop3.b32 u, t, {twice(0x7F)}, {twice(power(8))}, 0xea;")
+        lines.append(f"lop3.b32 v, t, {twice(0x80)}, {twice(power(7))}, 0xea;")
+        lines.append(f"mov.b32 w, {twice(power(0))}; mov.b32 t, {number(-255)}; fma.rn.{dtype} u, u, w, t;")
+        lines.append(f"mov.b32 w, {twice(power(1))}; mov.b32 t, {number(-512)}; fma.rn.{dtype} v, v, w, t;")
+        lines.append(f"mov.b32 w, {twice(power(0))}; fma.rn.{dtype} $0, u, w, v;")
     return "{ " + " ".join(lines) + " }"
 
 
 @triton.jit
-def odd_integers(packed, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Odd integers of the codes in one part of packed bytes (see `codes`); exact in DTYPE up to 8 bits."""
+def unpacked(
+    packed, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, RAISED: tl.constexpr
+):
+    """Odd integers of the codes in one part of packed words (see `codes`), or with their excess; exact in DTYPE."""
     if PTX:
-        odd = tl.inline_asm_elementwise(
-            ptx(WIDTH, PART, tl.float16 == DTYPE), "=&r,=&r,r", [packed], dtype=DTYPE.value, is_pure=True, pack=4
+        numbers = tl.inline_asm_elementwise(
+            ptx(WIDTH, PART, tl.float16 == DTYPE, RAISED), "=r,r", [packed], dtype=DTYPE.value, is_pure=True, pack=2
         )
     else:
-        codes = packed
-        if WIDTH < 8:
-            codes = (packed >> (PART * WIDTH)) & ((1 << WIDTH) - 1)
-        odd = (codes.to(tl.int16) * 2 - ((1 << WIDTH) - 1)).to(DTYPE)
-    return odd
+        less: tl.constexpr = (1 << WIDTH) - 1 - (excess_of(WIDTH, PART, DTYPE) if RAISED else 0)
+        numbers = (((packed >> (PART * WIDTH)) & ((1 << WIDTH) - 1)) * 2 - less).to(DTYPE)
+    return numbers
 
 
 @triton.jit
@@ -86,5 +106,5 @@ def scale_codes(scales):
 
 @triton.jit
 def scale_values(stored):
-    """See `codes.scale_values`: uint8 to float32; 0 is worth 0."""
-    return (stored.to(tl.int16) << SCALE_SHIFT).to(tl.float16, bitcast=True).to(tl.float32)
+    """See `codes.scale_values`: the lowest byte of an integer to float32; 0 is worth 0."""
+    return ((stored.to(tl.int32) & 0xFF) << SCALE_SHIFT).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
