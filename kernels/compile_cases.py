@@ -160,9 +160,9 @@ KNOWN = (
     Known("loads", 4, "*-uneven", "*", "*", "rows of some tier are a multiple of 4 bytes, not of 8"),
     Known("loads", 2, "narrow-tiers-*", "*", "*", "rows of some tier have 4 bytes, or a tile 2 per thread"),
     Known("loads", 4, "tiers-j4*", "*", "gfx942", "of 32 tokens, 256 threads load 4 or 8 bytes each; 64 spill"),
-    Known("spills", 16, "tiers-j1", "prefill", "[19]0*", "addresses of rows of 8 bytes, beside a warp's accumulators"),
-    Known("spills", 56, "*-uneven", "*", "*", "the same, of rows of 4 bytes"),
-    Known("spills", 112, "narrow-tiers-*", "*", "*", "the same, of 6 and more tiers"),
+    Known("spills", 16, "tiers-j1", "prefill", "[19]0*", "addresses of rows of 8 bytes, beside the accumulators"),
+    Known("spills", 56, "*-uneven", "*", "*", "addresses of rows of 4 bytes, beside the accumulators"),
+    Known("spills", 112, "narrow-tiers-*", "*", "*", "addresses of rows of 6 and more tiers, beside the accumulators"),
 )
 
 
