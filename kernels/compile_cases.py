@@ -156,7 +156,8 @@ class Known:
 
 
 KNOWN = (
-    Known("loads", 8, "tiers-j[128]*", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
+    Known("loads", 8, "tiers-j[18]", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
+    Known("loads", 8, "tiers-j2-head-64", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
     Known("loads", 4, "*-uneven", "*", "*", "rows of some tier are a multiple of 4 bytes, not of 8"),
     Known("loads", 2, "narrow-tiers-*", "*", "*", "rows of some tier have 4 bytes, or a tile 2 per thread"),
     Known("loads", 4, "tiers-j4*", "*", "gfx942", "of 32 tokens, 256 threads load 4 or 8 bytes each; 64 spill"),

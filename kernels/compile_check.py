@@ -64,8 +64,10 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA_MMA = ("HMMA", "HGMMA", "UTCHMMA")
 AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
 AMD_LOAD = re.compile(rf"(?:global|buffer)_load_({'|'.join(AMD_LOADS)})")
-NVIDIA_LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?[A-Z][A-Z0-9_.]+(?:.*`\((?P<to>\.L\w+)\))?")
-AMD_LINE = re.compile(r"\s+[a-z]+_\w+(?:\s+(?P<to>\.L\w+))?")
+NVIDIA_LINE = re.compile(
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]+)(?:.*`\((?P<to>\.L\w+)\))?"
+)
+AMD_LINE = re.compile(r"\s+(?P<opcode>[a-z]+_\w+)(?:\s+(?P<to>\.L\w+))?")
 WARP_SIZE = {"cuda": 32, "hip": 64}
 
 
@@ -195,7 +197,7 @@ def longest_loop(code: str, line_of_code: re.Pattern[str]) -> int:
     """Instructions from a label to the last branch back to it, the most of all labels.
 
     Args:
-        line_of_code: of an instruction, its opcode and what it branches to, if anything.
+        line_of_code: of an instruction: its `opcode`, and `to`, the label that it branches to, if any.
     """
     begins: dict[str, int] = {}
     count = longest = 0
@@ -218,9 +220,9 @@ def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
             if after_instruction:
                 in_load_tile = loads_pages(source[1], int(source[2]))
             after_instruction = False
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
+        elif instruction := NVIDIA_LINE.match(line):
             after_instruction = True
-            yield found[1], in_load_tile
+            yield instruction["opcode"], in_load_tile
 
 
 def read_amd(kernel: Any) -> tuple[Found, str]:
@@ -234,10 +236,10 @@ def read_amd(kernel: Any) -> tuple[Found, str]:
             files[named[1]] = named[2]
         elif place := re.match(r"\s+\.loc\s+(\d+)\s+(\d+)", line):
             in_load_tile = loads_pages(files.get(place[1], ""), int(place[2]))
-        elif instruction := re.match(r"\s+([a-z]+_\w+)", line):
+        elif instruction := AMD_LINE.match(line):
             count += 1
-            mma += instruction[1].startswith("v_mfma")
-            if in_load_tile and (load := AMD_LOAD.match(instruction[1])):
+            mma += instruction["opcode"].startswith("v_mfma")
+            if in_load_tile and (load := AMD_LOAD.match(instruction["opcode"])):
                 loads[AMD_LOADS[load[1]]] += 1
     registers, scratch = (
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
