@@ -155,15 +155,22 @@ class Known:
         return fnmatch(case, self.case) and fnmatch(kernel, self.kernel) and fnmatch(arch, self.arch)
 
 
+NARROW = "a tile of 16 coordinates or words has fewer than 16 bytes for each of 256 threads"
+ACROSS = "numbers of the thread, from before the loop to behind it"
+MANY = "6 tiers, and more than 900 columns of values"
 KNOWN = (
-    Known("loads", 8, "tiers-j[18]", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
-    Known("loads", 8, "tiers-j2-head-64", "*", "*", "rows of some tier are a multiple of 8 bytes, not of 16"),
-    Known("loads", 4, "*-uneven", "*", "*", "rows of some tier are a multiple of 4 bytes, not of 8"),
-    Known("loads", 2, "narrow-tiers-*", "*", "*", "rows of some tier have 4 bytes, or a tile 2 per thread"),
-    Known("loads", 4, "tiers-j4*", "*", "gfx942", "of 32 tokens, 256 threads load 4 or 8 bytes each; 64 spill"),
-    Known("spills", 16, "tiers-j1", "prefill", "[19]0*", "addresses of rows of 8 bytes, beside the accumulators"),
-    Known("spills", 56, "*-uneven", "*", "*", "addresses of rows of 4 bytes, beside the accumulators"),
-    Known("spills", 112, "narrow-tiers-*", "*", "*", "addresses of rows of 6 and more tiers, beside the accumulators"),
+    Known("loads", 2, "*tiers-j8", "*", "*", NARROW),
+    Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
+    Known("loads", 4, "tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
+    Known("spills", 32, "tiers-j1-uneven", "attend", "[19]0*", ACROSS),
+    Known("spills", 56, "tiers-j1-uneven", "prefill", "*0*", ACROSS),
+    Known("moves", 5, "tiers-j1-uneven", "prefill", "100", "the same, some of them read in the loop too"),
+    Known("spills", 32, "tiers-j1", "prefill", "90", ACROSS),
+    Known("spills", 8, "tiers-j1-head-256", "prefill", "90", ACROSS),
+    Known("spills", 24, "narrow-tiers-j4", "*", "[19]0*", ACROSS),
+    Known("spills", 8, "tiers-j8", "*", "*", ACROSS),
+    Known("spills", 48, "narrow-tiers-j8", "*", "[19]0*", MANY),
+    Known("moves", 14, "narrow-tiers-j8", "*", "[19]0*", MANY),
 )
 
 

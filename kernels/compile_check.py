@@ -10,6 +10,7 @@ is launched there. One line per kernel:
 
     regs     registers per thread
     spills   bytes per thread that registers did not suffice for
+    moves    instructions of the longest loop that store or load such bytes
     shared   bytes of shared memory per program
     mma      tensor-core instructions
     code     instructions in all
@@ -68,6 +69,7 @@ NVIDIA_LINE = re.compile(
     r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]+)(?:.*`\((?P<to>\.L\w+)\))?"
 )
 AMD_LINE = re.compile(r"\s+(?P<opcode>[a-z]+_\w+)(?:\s+(?P<to>\.L\w+))?")
+SPILL_MOVES = ("LDL", "STL", "scratch_load", "scratch_store")
 WARP_SIZE = {"cuda": 32, "hip": 64}
 
 
@@ -80,6 +82,7 @@ class Found:
     mma: int
     code: int
     loop: int
+    moves: int
     loads: Counter[int]
 
 
@@ -96,6 +99,7 @@ class Row:
     mma: int
     code: int
     loop: int
+    moves: int
     loads: dict[int, int]
     seconds: float
     beyond: list[str] = field(default_factory=list)
@@ -108,14 +112,15 @@ class Row:
         verdict = "; ".join(
             f"{word} {', '.join(which)}" for word, which in (("BEYOND", self.beyond), ("known", self.known)) if which
         )
-        numbers = (self.warps, self.registers, self.spills, self.shared, self.mma, self.code, self.loop)
+        numbers = (self.warps, self.registers, self.spills, self.moves, self.shared, self.mma, self.code, self.loop)
         return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, verdict or "ok")
 
 
 HEAD = (
-    "arch", "case", "launch", "kernel", "warps", "regs", "spills", "shared", "mma", "code", "loop", "loads", "verdict",
+    "arch", "case", "launch", "kernel", "warps", "regs", "spills", "moves", "shared", "mma", "code", "loop", "loads",
+    "verdict",
 )  # fmt: skip
-WIDTHS = (6, 18, 11, 7, 5, 4, 6, 6, 4, 5, 4, 18, 0)
+WIDTHS = (6, 18, 11, 7, 5, 4, 6, 5, 6, 4, 5, 4, 18, 0)
 
 
 class CompileOnly:
@@ -190,25 +195,27 @@ def read_nvidia(kernel: Any) -> tuple[Found, str]:
             loads[bits[-1] // 8 if bits else 4] += 1
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     mma = sum(opcodes[name] for name in NVIDIA_MMA)
-    return Found(registers, stack, mma, opcodes.total(), longest_loop(code, NVIDIA_LINE), loads), code
+    return Found(registers, stack, mma, opcodes.total(), *longest_loop(code, NVIDIA_LINE), loads), code
 
 
-def longest_loop(code: str, line_of_code: re.Pattern[str]) -> int:
-    """Instructions from a label to the last branch back to it, the most of all labels.
+def longest_loop(code: str, line_of_code: re.Pattern[str]) -> tuple[int, int]:
+    """Instructions from a label to the last branch back to it, the most of all labels; and how many of them move what
+    registers do not hold.
 
     Args:
         line_of_code: of an instruction: its `opcode`, and `to`, the label that it branches to, if any.
     """
     begins: dict[str, int] = {}
-    count = longest = 0
+    opcodes: list[str] = []
+    longest: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"(\.L\w+):", line):
-            begins[label[1]] = count
+            begins[label[1]] = len(opcodes)
         elif instruction := line_of_code.match(line):
-            count += 1
+            opcodes.append(instruction["opcode"])
             if instruction["to"] in begins:
-                longest = max(longest, count - begins[instruction["to"]])
-    return longest
+                longest = max(longest, opcodes[begins[instruction["to"]] :], key=len)
+    return len(longest), sum(opcode.startswith(SPILL_MOVES) for opcode in longest)
 
 
 def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
@@ -245,7 +252,7 @@ def read_amd(kernel: Any) -> tuple[Found, str]:
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
         for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Found(registers, scratch, mma, count, longest_loop(code, AMD_LINE), loads), code
+    return Found(registers, scratch, mma, count, *longest_loop(code, AMD_LINE), loads), code
 
 
 def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:
@@ -262,7 +269,7 @@ def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> 
             rows.append(
                 Row(
                     name, launch, kernel, arch, metadata.num_warps, metadata.shared, found.registers, found.spills,
-                    found.mma, found.code, found.loop, dict(found.loads), round(seconds, 1),
+                    found.mma, found.code, found.loop, found.moves, dict(found.loads), round(seconds, 1),
                 )
             )  # fmt: skip
             if asm is not None:
@@ -279,6 +286,8 @@ def judge(row: Row, shared_bar: int | None) -> None:
     beyond = {}
     if row.spills > 0:
         beyond["spills"] = row.spills
+        if row.moves > 0:
+            beyond["moves"] = row.moves
     if row.shared > shared:
         beyond["shared"] = row.shared
     if row.kernel in ATTENTION:
@@ -302,7 +311,7 @@ def is_known(known: Known, row: Row, number: int) -> bool:
 
 def line_of(cells: tuple[str, ...]) -> str:
     return " ".join(
-        cell.rjust(width) if 4 <= place <= 10 else cell.ljust(width)
+        cell.rjust(width) if 4 <= place <= 11 else cell.ljust(width)
         for place, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
     ).rstrip()
 

@@ -124,7 +124,7 @@ class Layer:
                 if side.exact.shape[-1]:
                     side.exact.normal_(generator=generator)
                 for tier in side.coded:
-                    tier.random_(0, 256, generator=generator)
+                    tier.random_(-(1 << 15), 1 << 15, generator=generator)
                 if side.scales is not None:
                     side.scales.random_(low, high + 1, generator=generator)
         return cache

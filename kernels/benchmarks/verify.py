@@ -136,8 +136,9 @@ def check_store(
             stored = [_coordinates(pages_of_side, block, offset) for pages_of_side in (side, other)]
             comparisons.append((stored[0], stored[1], exact))
             for tier, twin_tier in zip(side.coded, other.coded, strict=True):
-                differing += int((tier[block, :, offset] != twin_tier[block, :, offset]).sum())
-                total += twin_tier[block, :, offset].numel()
+                codes, twin_codes = (x[block, :, offset].view(torch.uint8) for x in (tier, twin_tier))
+                differing += int((codes != twin_codes).sum())
+                total += twin_codes.numel()
     errors = compare(comparisons, torch.finfo(q.dtype).eps)
     other_codes = differing / max(1, total)
     passed = errors.passed and other_codes <= MAX_OTHER_CODES

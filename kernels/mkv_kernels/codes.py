@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantiser of the tiers of 8, 4 and 2 bits: coordinates to codes, codes to bytes, and back.
+"""The quantiser of the tiers of 8, 4 and 2 bits: coordinates to codes, codes to words, and back.
 
 A quantised coordinate x of a token whose scale is s is stored as a code c in [0, 2^b) that stands for the odd integer
 o = 2 c - (2^b - 1), and o times half the tier's step times s is what it is worth: a uniform mid-rise quantiser with no
@@ -11,9 +11,9 @@ A scale takes one byte, 5 bits of exponent and 3 of mantissa: the float16 number
 to them. So it is within a seventeenth of the root mean square, and what divides a token's coordinates when they are
 stored is exactly what multiplies their codes.
 
-Words: a tier of S coordinates takes W = S b / 16 words of 16 bits per token, low byte first. Word j holds, from its
-lowest bits on, the codes of the coordinates j, j + W, j + 2 W, ..: unpacking one of the 16 / b parts gives neighbours,
-of the size that products take, and needs no shuffle.
+Words: a tier of S coordinates takes W = S b / 16 words of 16 bits per token. Word j holds, from its lowest bits on, the
+codes of the coordinates j, j + W, j + 2 W, ..: unpacking one of the 16 / b parts gives neighbours, of the size that
+products take, and needs no shuffle.
 """
 
 from __future__ import annotations
@@ -65,18 +65,19 @@ def odd_integers(codes: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """uint8 [.., S] to uint8 [.., S width / 8]; see the module's docstring for which code lies where."""
-    parts = codes.unflatten(-1, (2, 8 // width, -1))
-    packed = parts[..., 0, :]
-    for part in range(1, 8 // width):
-        packed = packed | (parts[..., part, :] << (part * width))
-    return packed.mT.flatten(-2)
+    """uint8 [.., S] to int16 [.., S width / 16]; see the module's docstring for which code lies where."""
+    parts = codes.to(torch.int16).unflatten(-1, (16 // width, -1))
+    words = parts[..., 0, :]
+    for part in range(1, 16 // width):
+        words = words | (parts[..., part, :] << (part * width))
+    return words
 
 
-def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+def unpack(words: torch.Tensor, width: int) -> torch.Tensor:
     """The inverse of `pack`."""
-    mask, low_and_high = (1 << width) - 1, packed.unflatten(-1, (-1, 2)).mT
-    return torch.stack([(low_and_high >> (part * width)) & mask for part in range(8 // width)], dim=-2).flatten(-3)
+    mask = (1 << width) - 1
+    parts = [((words >> (part * width)) & mask).to(torch.uint8) for part in range(16 // width)]
+    return torch.cat(parts, dim=-1)
 
 
 def encode(x: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
@@ -86,8 +87,8 @@ def encode(x: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, list[torch.
         x: [.., R] float32, R the side's rank
 
     Returns:
-        The 16-bit tier [.., R16], still in float32; bytes of every other tier, uint8 [.., S width / 8]; and the scales'
-        codes [..] uint8, None where no coordinate is quantised.
+        The 16-bit tier [.., R16], still in float32; words of every other tier, int16 [.., S width / 16]; and the
+        scales' codes [..] uint8, None where no coordinate is quantised.
     """
     exact, rest = x[..., : side.exact], x[..., side.exact :]
     if side.scale_offset is None:

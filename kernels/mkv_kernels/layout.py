@@ -2,9 +2,11 @@
 """Where every byte of a page lies. The only place that knows offsets.
 
 A page holds `block_size` tokens of one layer. Inside it, group-major, lie for each latent group the key's and then the
-value's regions: one region per tier, `[block_size, coordinates of the tier]` at the tier's width, and one region of
-per-token scales, one byte each, for a side that has coordinates of fewer than 16 bits. Every region starts
-on a 16-byte boundary. Latent groups of equal widths are neighbours, so that a run of them is one strided view.
+value's regions, one per tier: `[block_size, coordinates]` for the tier of 16 bits, `[words, block_size]` for the
+others, in words of 16 bits (see `codes`); and one region of per-token scales, one byte each, for a side that has
+coordinates of fewer than 16 bits. Every region starts on a 16-byte boundary. Words of neighbouring tokens are
+neighbours, so that kernels can load 16 bytes at once whatever the size of a tier. Latent groups of equal widths are
+neighbours, so that a run of them is one strided view.
 
     page of a layer with two latent groups; group 1 has a 16-bit and a 4-bit tier, group 0 only 16-bit tiers
 
@@ -25,6 +27,8 @@ WIDTHS = (16, 8, 4, 2, 0)
 """Bits a coordinate may have. 16 stands for the model's own dtype, whatever its size."""
 ALIGNMENT = 16
 """Bytes. Every region of a page starts on a multiple of this."""
+PAGE_STEP = 16
+"""Tokens. What kernels other than the twins need every block size to be a multiple of: they take as many at once."""
 SCALE_BYTES = 1
 """Per token, latent group and side with quantised coordinates; `codes.scale_codes` says how a scale fits in a byte."""
 KEY, VALUE = 0, 1
@@ -201,3 +205,9 @@ def check_widths(widths: Sequence[int], group_width: int) -> None:
         raise ValueError(f"block widths {tuple(widths)} are not all among {WIDTHS}")
     if any(a < b for a, b in pairwise(widths)):
         raise ValueError(f"block widths {tuple(widths)} increase along the order of importance")
+
+
+def check_block_size(layout: PageLayout) -> None:
+    """Raises ValueError where kernels other than the twins do not serve it."""
+    if layout.block_size % PAGE_STEP:
+        raise ValueError(f"pages of {layout.block_size} tokens; use a block size that is a multiple of {PAGE_STEP}")

@@ -17,7 +17,7 @@ class SidePages:
 
     Shapes:
         exact:  [num_blocks, G, block_size, R16] of the model's dtype, the 16-bit tier
-        coded:  per tier of fewer bits, uint8 [num_blocks, G, block_size, bytes per token]
+        coded:  per tier of fewer bits, int16 [num_blocks, G, block_size, words per token]; tokens are neighbours
         scales: [num_blocks, G, block_size] uint8; None where no tier is of fewer bits
     """
 
@@ -85,18 +85,21 @@ def view_pages(cache: torch.Tensor, layout: PageLayout) -> tuple[RunPages, ...]:
 def _view(memory: torch.Tensor, dtype: torch.dtype, run: GroupRun, side: SideLayout, layout: PageLayout) -> SidePages:
     num_blocks, num_groups, block_size = memory.shape[0], len(run.groups), layout.block_size
 
-    def view(offset: int, bytes_per_token: int) -> torch.Tensor:
-        return memory.as_strided(
-            (num_blocks, num_groups, block_size, bytes_per_token),
-            (memory.stride(0), run.stride, bytes_per_token, 1),
-            memory.storage_offset() + offset,
+    def view(offset: int, dtype: torch.dtype, size: int, strides: tuple[int, int]) -> torch.Tensor:
+        numbers, itemsize = memory.view(dtype), dtype.itemsize
+        return numbers.as_strided(
+            (num_blocks, num_groups, block_size, size),
+            (numbers.stride(0), run.stride // itemsize, *strides),
+            numbers.storage_offset() + offset // itemsize,
         )
 
     exact = memory.new_empty((num_blocks, num_groups, block_size, 0), dtype=dtype)
     if side.exact:
-        exact = view(side.regions[0].offset, side.exact * layout.itemsize).view(dtype)
-    coded = tuple(view(region.offset, region.size * region.width // 8) for region in side.coded)
+        exact = view(side.regions[0].offset, dtype, side.exact, (side.exact, 1))
+    coded = tuple(
+        view(region.offset, torch.int16, region.size * region.width // 16, (1, block_size)) for region in side.coded
+    )
     scales = None
     if side.scale_offset is not None:
-        scales = view(side.scale_offset, SCALE_BYTES).squeeze(-1)
+        scales = view(side.scale_offset, torch.uint8, SCALE_BYTES, (SCALE_BYTES, 1)).squeeze(-1)
     return SidePages(side, exact, coded, scales)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -156,6 +158,18 @@ def test_dtypes_without_kernels_are_refused(make_layer):
     layer = make_layer(("16x4", "16x4"))
     with pytest.raises(NotImplementedError, match="float64"):
         decode.LayerDecode(layer.bases, SCALE, layer.num_heads, torch.float64, decode.DecodeScratch())
+
+
+def test_pages_of_other_sizes_are_refused(make_layer):
+    layer = make_layer(("16x4", "16x4"))
+    # A layer of the fixture has a table for the Triton kernels, which refuse such pages too.
+    bases = dataclasses.replace(layer.bases, layout=dataclasses.replace(layer.layout, block_size=8))
+    for build in (
+        lambda: decode.LayerDecode(bases, SCALE, layer.num_heads, layer.dtype, decode.DecodeScratch()),
+        lambda: type(layer.table).build(bases),
+    ):
+        with pytest.raises(ValueError, match="pages of 8 tokens; use a block size that is a multiple of 16"):
+            build()
 
 
 def test_leaves_modules_open_to_inspection():

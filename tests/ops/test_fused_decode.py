@@ -8,8 +8,11 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from mkv_kernels.fused import combine
 from mkv_kernels.fused import decode as module
 from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode, visible_tokens
+from mkv_kernels.fused.table import SideShape, tier_sizes
+from mkv_kernels.layout import PageLayout
 
 SCALE = 0.2
 LENGTHS = (1, 15, 16, 17, 63)
@@ -180,8 +183,8 @@ def test_launches_allocate_nothing(make_layer, monkeypatch):
     step = layer.step([33], [1])
     workspace = DecodeWorkspace.make(layer.table, 1, layer.num_heads, 2)
     output, cache, seen = step.query.new_empty(1, layer.num_heads, 64), layer.cache, set()
-    for name in ("_attend_kernel", "_combine_kernel"):
-        monkeypatch.setattr(module, name, Kernel())
+    monkeypatch.setattr(module, "_attend_kernel", Kernel())
+    monkeypatch.setattr(combine, "_combine_kernel", Kernel())
     with Recorder():
         decode(step.query, cache, layer.table, *step.integers, SCALE, output, workspace, max_queries=1, num_splits=2)
     assert seen <= {"aten.view.dtype", "aten.detach.default"}
@@ -203,3 +206,13 @@ def test_errors_name_the_mend(make_layer):
     step.seq_lens = step.seq_lens.long()
     with pytest.raises(ValueError, match=r"seq_lens is torch\.int64"):
         run(layer, step)
+
+
+@pytest.mark.parametrize("widths", [(8,) * 128, (8,) * 65 + (4,) * 63, (2,) * 128, (16,) * 128])
+def test_the_largest_groups_have_tiles(widths):
+    """As of 8 KV heads of 256; tiles have room for every tier and are not much larger."""
+    side = PageLayout(((widths, widths),), 16, 2).groups[0].key
+    for words in (8, 16, 32):
+        shape = SideShape.of([side], 256, words)
+        for size, chunk, tiles in zip(tier_sizes(side), *shape.constants, strict=True):
+            assert size <= chunk * tiles <= 1.5 * size + words

@@ -13,6 +13,7 @@ from mkv_kernels.layout import (
     SCALE_BYTES,
     WIDTHS,
     PageLayout,
+    check_block_size,
     check_widths,
     side_bytes,
     uniform_widths,
@@ -91,3 +92,12 @@ def test_padding_raises_what_is_declared_and_moves_nothing():
 def test_widths_that_are_none_are_refused(widths, message):
     with pytest.raises(ValueError, match=message):
         check_widths(widths, 4 * BLOCK)
+
+
+def test_block_sizes_that_kernels_do_not_serve_are_refused():
+    widths = uniform_widths(1, 16, 16, 64)
+    for block_size in (16, 48, 128):
+        check_block_size(PageLayout(widths, block_size, 2))
+    for block_size in (8, 24):
+        with pytest.raises(ValueError, match=f"pages of {block_size} tokens; .* multiple of 16"):
+            check_block_size(PageLayout(widths, block_size, 2))

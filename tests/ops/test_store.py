@@ -96,7 +96,8 @@ def check(layer, T, store):
             # A root mean square within a rounding of the middle between two scales may get either.
             assert (scales.int() - scale.int()).abs().max() <= 1 and (scales != scale).float().mean() < 0.05
             for tier, codes in zip(side.coded, packed, strict=True):
-                assert (tier[block, :, offset] != codes).float().mean() < 0.02
+                found = tier[block, :, offset].view(torch.uint8)
+                assert (found != codes.contiguous().view(torch.uint8)).float().mean() < 0.02
 
 
 def assert_errs_less(found, plain, exact, eps):

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "books-4m"
 BUDGET = 0.16
 PROMPTS = ("It was a dark and", "The old man opened the door, and the wind came in, and with it the rain.")
-UNEVEN_SPILLS = 56
-KERNELS = {"decode._attend_kernel", "decode._combine_kernel", "prefill._prefill_kernel", "store._store_kernel"}
+SPILLS = 32
+KERNELS = {"decode._attend_kernel", "combine._combine_kernel", "prefill._prefill_kernel", "store._store_kernel"}
 
 pytestmark = [
     pytest.mark.engine,
@@ -82,7 +82,7 @@ def test_every_launch_compiles_and_none_when_serving(emulate):
     assert set(ours) == KERNELS
     for line in ours.values():
         # Registers that spill lie on the stack; `compile_cases.KNOWN` says of which layers, and how many.
-        assert (stack := re.search(r", (\d+) bytes of stack", line)) and int(stack[1]) <= UNEVEN_SPILLS, line
+        assert (stack := re.search(r", (\d+) bytes of stack", line)) and int(stack[1]) <= SPILLS, line
     assert "Triton kernels compiled or loaded" in log
     # vLLM watches for what is compiled after it said that it is ready.
     assert "Kernel JIT monitor activated" in log

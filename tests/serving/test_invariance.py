@@ -80,19 +80,14 @@ def assert_same(kind):
         {"block_size": 16},
         {"block_size": 32},
         {"block_size": 128, "max_num_batched_tokens": 32, "enable_chunked_prefill": True},
-        {"block_size": 8},
+        {"block_size": 48},
     ],
-    ids=["batch-of-16", "chunks-of-32", "block-16", "block-32", "block-128-chunks-of-32", "block-8"],
+    ids=["batch-of-16", "chunks-of-32", "block-16", "block-32", "block-128-chunks-of-32", "block-48"],
 )
 def test_batch_chunk_and_block_size(
     options, start_engine, model, adapter, budget, prompts, alone, serving, assert_same
 ):
-    from vllm_mkv.adapter import Adapter
-
-    # Regions of small pages are padded to 16 bytes, so there the same widths are a larger budget.
-    sizes = {"block_size": options.get("block_size", 16), "itemsize": 4}
-    same_widths = Adapter.load(adapter).path.replay(budget, itemsize=4).budget(**sizes)
-    engine = start_engine(model, adapter, budget=same_widths, **options)
+    engine = start_engine(model, adapter, budget=budget, **options)
     assert_same(serving.prompt_logprobs(engine, prompts), alone)
 
 

@@ -260,6 +260,12 @@ def test_other_cache_dtypes(refused, dtype):
     refused(f"--kv-cache-dtype {dtype}", "leave --kv-cache-dtype at auto", kv_cache_dtype=dtype)
 
 
+@pytest.mark.parametrize("block_size", [8, 24])
+def test_block_sizes_that_are_no_multiple_of_16(refused, passes, block_size):
+    refused(f"--block-size {block_size}", "pass a multiple of 16", block_size=block_size)
+    passes("llama", block_size=48)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_models_own_cache_dtype(passes, dtype):
     passes(kv_cache_dtype=dtype, dtype=dtype)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
+from mkv_kernels.layout import PAGE_STEP
 from vllm_mkv.serving.attention import MKVAttentionImpl
 from vllm_mkv.serving.metadata import MKVMetadataBuilder
 
@@ -21,6 +22,10 @@ class MKVAttentionBackend(AttentionBackend):
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float32", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_STEP)]
 
     @staticmethod
     def get_name() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
+from mkv_kernels.layout import PAGE_STEP
 from vllm_mkv.serving import compat
 from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
@@ -91,6 +92,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
             other,
         ),
         (cache.cache_dtype not in own_dtypes, f"--kv-cache-dtype {cache.cache_dtype}", quantised),
+        (
+            bool((cache.block_size or 0) % PAGE_STEP),
+            f"--block-size {cache.block_size}",
+            f"pass a multiple of {PAGE_STEP}",
+        ),
         # It brings a KV connector of its own, so it is named first.
         (cache.kv_offloading_size is not None, "KV offloading", "remove --kv-offloading-size"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "remove --kv-transfer-config"),

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 DEFAULT_BLOCK_SIZE = 16
-"""Tokens per page to reckon with while vLLM has not chosen them yet; only tiers of few bits in tiny pages notice."""
+"""Tokens per page to reckon with while vLLM has not chosen them yet; pages of any multiple of 16 have the same bytes
+per token."""
 KERNELS = {"torch": "PyTorch", "numba": "compiled CPU", "triton": "Triton"}
 
 

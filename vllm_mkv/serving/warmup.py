@@ -11,7 +11,7 @@ import torch
 from vllm.logger import init_logger
 
 from mkv_kernels.fused.ahead import compile_ahead
-from mkv_kernels.fused.decode import FEW_ROWS
+from mkv_kernels.fused.combine import FEW_ROWS
 from mkv_kernels.fused.store import FEW_TOKENS
 from vllm_mkv.serving.metadata import Requests, TritonMetadata
 from vllm_mkv.serving.triton_attention import TritonAttention

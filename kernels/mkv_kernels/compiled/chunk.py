@@ -12,32 +12,35 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from mkv_kernels.compiled.scores import cap, code_scores, largest, scales, scores
 from mkv_kernels.compiled.tile import (
+    PARTS,
+    STRIPS,
+    TOKENS,
+    coordinate_of,
+    floats,
+    int32s,
+    int64s,
+    load_number,
+    store_number,
+)
+from mkv_kernels.compiled.values import (
     EXACT,
     EXACT_HALF,
     EXACT_PAIR,
     HIGH_PARTS,
     LOW_PARTS,
     NIBBLES,
-    TOKENS,
-    cap,
-    coordinate_of,
-    floats,
-    int32s,
-    int64s,
-    largest,
     lift,
-    load_number,
-    scores,
-    store_number,
-    uint8s,
     weigh,
+    weigh_codes,
     weights,
 )
-from mkv_kernels.compiled.vector import LANES, UNIT
+from mkv_kernels.compiled.vector import LANES, PAIRS, UNIT
 
-CHUNK = 128
-"""Tokens between two looks at the largest score: their keys or values fit a processor's first cache."""
+CHUNK = 256
+"""Tokens between two looks at the largest score: their keys or values fit a processor's first cache, and sums of codes
+are seldom gathered from the lanes that they are spread over."""
 Int = Any
 
 
@@ -49,27 +52,37 @@ def fill(at: Int, count: Int, number: float) -> None:
 
 @njit
 def load_query(
-    row_at: Int, number_at: Int, key_at: Int, rows: Int, pairs: bool, odd_4: float, odd_2: float, kind: Any
+    tile_at: Int,
+    row: Int,
+    number_at: Int,
+    key_at: Int,
+    coded_bytes: Int,
+    rows: Int,
+    pairs: bool,
+    odd_4: float,
+    odd_2: float,
+    kind: Any,
 ) -> None:
-    """q' as the units of the pages come: parts of codes, then the 16-bit tier; the rest of a unit stays 0."""
+    """One row of a tile's q', as `code_scores` takes it and then, from `coded_bytes` on, as `scores` does. What fills
+    up a unit stays as it is.
+    """
     key, itemsize, operand = int64s(key_at), 4 if len(kind) == 0 else 2, 2 if pairs else 4
-    stride = rows * UNIT * operand
-    first_unit, coordinate = 0, key[1]
+    at, coordinate = tile_at, key[1]
     for tier in range(3):
-        size = key[3 + 2 * tier]
-        parts = 4 if tier == 2 else 2
-        for part in range(parts):
-            # Of 8 bits, the upper half is worth 16 times the lower, of the same coordinate.
-            times = odd_2 if tier == 2 else (odd_4 * 16 if tier == 0 and part == 1 else odd_4)
-            for byte in range(size):
-                at = row_at + (first_unit + byte // UNIT * parts + part) * stride + byte % UNIT * operand
-                i = coordinate + coordinate_of(byte, 0 if tier == 0 else part, size, 1 if tier == 0 else parts)
-                store_operand(at, load_number(number_at + i * itemsize, kind) * times, pairs)
-        first_unit += parts * ((size + UNIT - 1) // UNIT)
-        coordinate += size * (1 if tier == 0 else parts)
+        num_words, parts = key[3 + 2 * tier], PARTS[tier]
+        for word in range(num_words):
+            for part in range(parts):
+                # Of 8 bits, the upper half is worth 16 times the lower, of the same coordinate.
+                times = odd_2 if tier == 2 else (odd_4 * 16 if tier == 0 and part % 2 == 1 else odd_4)
+                i = coordinate + coordinate_of(tier, word, part, num_words)
+                entry = (part // 2 if pairs else part) * rows + row
+                to = at + entry * 4 + (part % 2 * 2 if pairs else 0)
+                store_operand(to, load_number(number_at + i * itemsize, kind) * times, pairs)
+            at += parts * rows * operand
+        coordinate += coordinate_of(tier, 0, parts, num_words)
     for i in range(key[1]):
-        at = row_at + (first_unit + i // UNIT) * stride + i % UNIT * operand
-        store_operand(at, load_number(number_at + i * itemsize, kind), pairs)
+        to = tile_at + coded_bytes + ((i // UNIT * rows + row) * UNIT + i % UNIT) * operand
+        store_operand(to, load_number(number_at + i * itemsize, kind), pairs)
 
 
 @njit
@@ -82,10 +95,20 @@ def store_operand(at: Int, number: float, pairs: bool) -> None:
 
 @njit
 def find_tokens(
-    pages_at: Int, slots_at: Int, first: Int, count: Int, cache: Int, page_stride: Int, table_at: Int, block_size: Int
+    pages_at: Int,
+    slots_at: Int,
+    strips_at: Int,
+    first: Int,
+    count: Int,
+    cache: Int,
+    page_stride: Int,
+    table_at: Int,
+    block_size: Int,
 ) -> None:
-    """Addresses of the pages of `count` tokens from `first` on, and their places there."""
-    pages, slots, table = int64s(pages_at), int64s(slots_at), int32s(table_at)
+    """Addresses of the pages of `count` tokens from `first` on, and their places there; and where the first word of 16
+    of them would lie.
+    """
+    pages, slots, strips, table = int64s(pages_at), int64s(slots_at), int64s(strips_at), int32s(table_at)
     block = first // block_size
     slot = first - block * block_size
     page = cache + table[block] * page_stride
@@ -96,20 +119,28 @@ def find_tokens(
             page = cache + table[block] * page_stride
         pages[i] = page
         slots[i] = slot
+        if i % LANES == 0:
+            strips[i // LANES] = page + 2 * slot
         slot += 1
-    # What fills up a tile is the last token again: nothing is read of a page that is not the request's own.
+    # What fills up a tile is the last token or strip again: nothing is read of a page that is not the request's own.
     for i in range(count, count + TOKENS):
         pages[i] = pages[count - 1]
         slots[i] = slots[count - 1]
+    num_strips = (count + LANES - 1) // LANES
+    for i in range(num_strips, num_strips + STRIPS):
+        strips[i] = strips[num_strips - 1]
 
 
 @njit
-def load_scales(out_at: Int, values_at: Int, pages_at: Int, slots_at: Int, count: Int, offset: Int) -> None:
-    """Scales of tokens, 1 where no coordinate is coded; 0 up to a multiple of 16, for nothing is weighed there."""
-    out, values, pages, slots = floats(out_at), floats(values_at), int64s(pages_at), int64s(slots_at)
-    for i in range(count):
-        out[i] = values[uint8s(pages[i] + offset)[slots[i]]] if offset >= 0 else 1.0
-    for i in range(count, (count + LANES - 1) // LANES * LANES):
+def load_scales(out_at: Int, strips_at: Int, slots_at: Int, count: Int, offset: Int) -> None:
+    """Scales of tokens, 1 where no coordinate is coded; 0 up to a multiple of 32, for nothing is weighed there."""
+    out, strips, slots = floats(out_at), int64s(strips_at), int64s(slots_at)
+    if offset >= 0:
+        for i in range(0, count, LANES):
+            scales(strips[i // LANES] - slots[i] + offset, out_at + 4 * i)
+    else:
+        fill(out_at, count, 1.0)
+    for i in range(count, (count + UNIT - 1) // UNIT * UNIT):
         out[i] = 0.0
 
 
@@ -117,31 +148,41 @@ def load_scales(out_at: Int, values_at: Int, pages_at: Int, slots_at: Int, count
 def score(
     s_at: Int,
     q_at: Int,
+    tile_bytes: Int,
+    coded_bytes: Int,
     key_at: Int,
-    key_units: Int,
     pages_at: Int,
     slots_at: Int,
+    strips_at: Int,
     scales_at: Int,
+    skip: Int,
     count: Int,
     num_tiles: Int,
+    block_size: Int,
     cap_at: Int,
     rows: Any,
     kind: Any,
 ) -> None:
-    """Scores of a chunk, [rows, CHUNK]; minus infinity from its last token to a multiple of 16.
+    """Scores of a chunk, [rows, CHUNK]; minus infinity before `skip`, and from its last token to a multiple of 32.
 
-    At `cap_at`, 0 where scores have no cap, are the two numbers that `tile.cap` takes.
+    At `cap_at`, 0 where scores have no cap, are the two numbers that `scores.cap` takes.
     """
-    tile_bytes = key_units * len(rows) * UNIT * (2 if len(kind) == 3 else 4)
-    for i in range(0, count, TOKENS):
-        for tile in range(num_tiles):
-            out = s_at + (tile * len(rows) * CHUNK + i) * 4
-            q = q_at + tile * tile_bytes
-            scores(q, pages_at + 8 * i, slots_at + 8 * i, key_at, scales_at + 4 * i, out, CHUNK * 4, rows, kind)
-    whole = (count + LANES - 1) // LANES * LANES
+    key, coded = int64s(key_at), 1 if int64s(key_at)[8] >= 0 else 0
+    for tile in range(num_tiles):
+        q, out = q_at + tile * tile_bytes, s_at + tile * len(rows) * CHUNK * 4
+        if coded != 0:
+            for i in range(0, count, STRIPS * LANES):
+                at = strips_at + i // LANES * 8
+                code_scores(q, at, key_at, scales_at + 4 * i, out + 4 * i, CHUNK * 4, 2 * block_size, rows, kind)
+        if key[1] > 0 or coded == 0:
+            for i in range(0, count, TOKENS):
+                at = 8 * i
+                scores(q + coded_bytes, pages_at + at, slots_at + at, key_at, coded, out + 4 * i, CHUNK * 4, rows, kind)
+    whole = (count + UNIT - 1) // UNIT * UNIT
     for row in range(num_tiles * len(rows)):
         if cap_at != 0:
             cap(s_at + row * CHUNK * 4, whole // LANES, floats(cap_at)[0], floats(cap_at)[1])
+        fill(s_at + row * CHUNK * 4, skip, -math.inf)
         fill(s_at + (row * CHUNK + count) * 4, whole - count, -math.inf)
 
 
@@ -155,66 +196,87 @@ def weigh_scores(
     scales_at: Int,
     count: Int,
     factor: float,
-    o_at: Int,
-    value_units: Int,
+    tile_at: Int,
+    row: Int,
+    value_at: Int,
     rows: Any,
     kind: Any,
 ) -> None:
     """Weights of a row's chunk, and of what was summed before where the largest score grew."""
-    whole = (count + LANES - 1) // LANES
+    whole = (count + UNIT - 1) // UNIT * 2
     top, total = floats(top_at), floats(sum_at)
     most = largest(s_at, whole)
     if most > top[0]:
         shrink = np.float32(2.0 ** ((top[0] - most) * factor))
         top[0] = most
         total[0] *= shrink
-        for unit in range(value_units):
-            o = floats(o_at + unit * len(rows) * UNIT * 4)
-            for i in range(UNIT):
-                o[i] *= shrink
+        shrink_row(tile_at, row, value_at, shrink, len(rows))
     total[0] += weights(s_at, whole, top[0], factor, scales_at, p_at, w_at, kind)
 
 
 @njit
+def num_fours(side: Any) -> Int:
+    """Of parts of words, 4 at a time."""
+    return side[3] + side[5] + 2 * side[7]
+
+
+@njit
+def shrink_row(tile_at: Int, row: Int, value_at: Int, times: float, rows: Int) -> None:
+    value = int64s(value_at)
+    fours = num_fours(value)
+    o = floats(tile_at)
+    for i in range(row, fours * LANES, rows):
+        # Of fewer rows than 4, the sums stand there more than once.
+        o[i] *= times
+    for unit in range((value[1] + UNIT - 1) // UNIT):
+        o = floats(tile_at + (fours * LANES + (unit * rows + row) * UNIT) * 4)
+        for i in range(UNIT):
+            o[i] *= times
+
+
+@njit
 def weigh_values(
-    o_at: Int,
+    tile_at: Int,
     p_at: Int,
     w_at: Int,
     value_at: Int,
     pages_at: Int,
     slots_at: Int,
+    strips_at: Int,
     count: Int,
+    block_size: Int,
     rows: Any,
     kind: Any,
 ) -> None:
-    """Adds the values of a chunk to one tile of rows, unit after unit."""
+    """Adds the values of a chunk to one tile of rows, word after word and unit after unit."""
     value, unit_bytes, stride = int64s(value_at), len(rows) * UNIT * 4, CHUNK * 4
+    o_at, per_turn = tile_at, UNIT if len(kind) == PAIRS else LANES
+    turns = (count + per_turn - 1) // per_turn
     for tier in range(3):
-        offset, size = value[2 + 2 * tier], value[3 + 2 * tier]
-        for byte in range(0, size, UNIT):
-            at, left = offset + byte, size - byte
+        offset = value[2 + 2 * tier]
+        for word in range(value[3 + 2 * tier]):
+            at = offset + word * 2 * block_size
             if tier < 2:
-                weigh(o_at, w_at, stride, pages_at, slots_at, count, at, size, left, NIBBLES, rows, kind)
-                o_at += 2 * unit_bytes
+                weigh_codes(o_at, w_at, stride, strips_at, turns, at, NIBBLES, rows, kind)
             else:
-                weigh(o_at, w_at, stride, pages_at, slots_at, count, at, size, left, LOW_PARTS, rows, kind)
-                o_at += 2 * unit_bytes
-                weigh(o_at, w_at, stride, pages_at, slots_at, count, at, size, left, HIGH_PARTS, rows, kind)
-                o_at += 2 * unit_bytes
+                weigh_codes(o_at, w_at, stride, strips_at, turns, at, LOW_PARTS, rows, kind)
+                o_at += LANES * 4
+                weigh_codes(o_at, w_at, stride, strips_at, turns, at, HIGH_PARTS, rows, kind)
+            o_at += LANES * 4
     itemsize = 4 if len(kind) == 0 else 2
     size, first = value[1] * itemsize, 0
     while first < value[1]:
         at, left = value[0] + first * itemsize, value[1] - first
         if left >= 2 * UNIT:
-            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, 0, EXACT_PAIR, rows, kind)
+            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, EXACT_PAIR, rows, kind)
             o_at += 2 * unit_bytes
             first += 2 * UNIT
         elif left >= UNIT:
-            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, 0, EXACT, rows, kind)
+            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, EXACT, rows, kind)
             o_at += unit_bytes
             first += UNIT
         else:
-            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, 0, EXACT_HALF, rows, kind)
+            weigh(o_at, p_at, stride, pages_at, slots_at, count, at, size, EXACT_HALF, rows, kind)
             first += UNIT
 
 
@@ -227,26 +289,26 @@ def place_in_unit(coordinate: Int, pairs: bool) -> Int:
 
 
 @njit
-def put_in_order(found_at: Int, o_at: Int, value_at: Int, rows: Int, pairs: bool, odd_4: float, odd_2: float) -> None:
-    """From a row's units to its coordinates."""
-    found, o, value = floats(found_at), floats(o_at), int64s(value_at)
-    stride = rows * UNIT
-    first_unit, coordinate = 0, value[1]
+def put_in_order(
+    found_at: Int, tile_at: Int, row: Int, value_at: Int, rows: Int, pairs: bool, odd_4: float, odd_2: float
+) -> None:
+    """From a row's sums to its coordinates."""
+    found, o, value = floats(found_at), floats(tile_at), int64s(value_at)
+    four, coordinate = 0, value[1]
     for tier in range(3):
-        size = value[3 + 2 * tier]
-        parts = 4 if tier == 2 else 2
-        for part in range(parts):
-            for byte in range(size):
-                i = coordinate + coordinate_of(byte, 0 if tier == 0 else part, size, 1 if tier == 0 else parts)
-                x = o[(first_unit + byte // UNIT * parts + part) * stride + place_in_unit(byte % UNIT, pairs)]
-                if tier == 0 and part == 1:
+        num_words, parts = value[3 + 2 * tier], PARTS[tier]
+        for word in range(num_words):
+            for part in range(parts):
+                i = coordinate + coordinate_of(tier, word, part, num_words)
+                x = o[(four + part // 4) * LANES + part % 4 * rows + row]
+                if tier == 0 and part % 2 == 1:
                     found[i] += x * (16 * odd_4)
                 else:
                     found[i] = x * (odd_2 if tier == 2 else odd_4)
-        first_unit += parts * ((size + UNIT - 1) // UNIT)
-        coordinate += size * (1 if tier == 0 else parts)
+            four += parts // 4
+        coordinate += coordinate_of(tier, 0, parts, num_words)
     for i in range(value[1]):
-        found[i] = o[(first_unit + i // UNIT) * stride + place_in_unit(i % UNIT, pairs)]
+        found[i] = o[four * LANES + (i // UNIT * rows + row) * UNIT + place_in_unit(i % UNIT, pairs)]
 
 
 @njit

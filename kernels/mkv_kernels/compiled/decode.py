@@ -10,12 +10,12 @@ import torch
 from llvmlite import binding
 
 from mkv_kernels.bases import LayerBases
-from mkv_kernels.codes import scale_values
 from mkv_kernels.compiled.chunk import CHUNK
 from mkv_kernels.compiled.entry import parallel, run_on_threads
+from mkv_kernels.compiled.tile import operand_bytes
 from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT
 from mkv_kernels.compiled.worker import GROUP, STEP, compile_worker, scratch_bytes
-from mkv_kernels.layout import SideLayout
+from mkv_kernels.layout import SideLayout, check_block_size
 from mkv_kernels.schedule import Decodes
 
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -23,7 +23,7 @@ ROWS = 4
 """Query heads of a tile: with 4 tokens, 16 sums of the 32 registers of AVX-512."""
 TASKS_PER_THREAD = 4
 """So many at least where contexts are long: groups differ in bytes, and cores in what else they do."""
-LEAST_SPLIT = 4 * CHUNK
+LEAST_SPLIT = 2 * CHUNK
 
 
 def kind_of(dtype: torch.dtype) -> int:
@@ -46,16 +46,23 @@ def unsupported(dtype: torch.dtype) -> str | None:
 
 def side_fields(side: SideLayout) -> list[int]:
     """See `tile.SIDE_FIELDS`."""
-    tiers = {region.width: (region.offset, region.size * region.width // 8) for region in side.regions}
+    tiers = {region.width: (region.offset, region.size * region.width // 16) for region in side.regions}
     exact = tiers.get(16, (0, 0))[0], side.exact
     coded = [number for width in (8, 4, 2) for number in tiers.get(width, (0, 0))]
     return [*exact, *coded, -1 if side.scale_offset is None else side.scale_offset]
 
 
-def _num_units(side: SideLayout) -> int:
-    parts = {8: 2, 4: 2, 2: 4}
-    coded = sum(parts[region.width] * -(-region.size * region.width // 8 // UNIT) for region in side.coded)
-    return coded + -(-side.exact // UNIT)
+def _tile_sizes(key: SideLayout, value: SideLayout, rows: int, kind: int) -> dict[str, int]:
+    """Of a tile of so many rows, see `worker.GROUP`."""
+    parts = sum(region.size for region in key.coded) + sum(region.size for region in key.coded if region.width == 8)
+    coded_bytes = -(-parts * rows * operand_bytes(kind) // UNIT // 64) * 64
+    units = [-(-side.exact // UNIT) * rows for side in (key, value)]
+    fours = sum(region.size * region.width // 16 * (2 if region.width == 2 else 1) for region in value.coded)
+    return {
+        "coded_bytes": coded_bytes,
+        "query_bytes": coded_bytes + units[0] * operand_bytes(kind),
+        "sums": fours * LANES + units[1] * UNIT,
+    }
 
 
 class DecodeScratch:
@@ -97,9 +104,11 @@ class LayerDecode:
 
         Raises:
             NotImplementedError: `unsupported` says why.
+            ValueError: the block size is no multiple of 16.
         """
         if (reason := unsupported(dtype)) is not None:
             raise NotImplementedError(reason)
+        check_block_size(bases.layout)
         self.bases, self.dtype, self.scratch = bases, dtype, scratch
         self.num_groups = len(bases.layout.widths)
         self.num_rows = num_heads // self.num_groups
@@ -107,7 +116,6 @@ class LayerDecode:
         # Powers of two, as `vector.lane_sums` wants them.
         self.rows = min(ROWS, 1 << (self.num_rows - 1).bit_length())
         self.tiled_rows = -(-self.num_rows // self.rows) * self.rows
-        self._scales = scale_values(torch.arange(256, dtype=torch.uint8))
         self._factor = torch.tensor([scale / math.log(2)], dtype=torch.float32)
         self.window = window
         # The worker multiplies by the scale later on.
@@ -129,12 +137,13 @@ class LayerDecode:
             for place, g in enumerate(run.run.groups):
                 row, layout = self._table[g], self.bases.layout.groups[g]
                 row["key"], row["value"] = side_fields(layout.key), side_fields(layout.value)
-                row["key_units"], row["value_units"] = _num_units(layout.key), _num_units(layout.value)
+                for name, size in _tile_sizes(layout.key, layout.value, self.rows, self.kind).items():
+                    row[name] = size
                 row["rank_k"], row["rank_v"] = layout.key.rank, layout.value.rank
                 row["up"] = 0 if run.value_up is None else address(run.value_up[place])
                 row["mean"] = address(run.value_mean[place])
-        self.key_units, self.value_units, self.rank_v = (
-            int(self._table[name].max()) for name in ("key_units", "value_units", "rank_v")
+        self.query_bytes, self.sums, self.rank_v = (
+            int(self._table[name].max()) for name in ("query_bytes", "sums", "rank_v")
         )
 
     def __call__(
@@ -162,7 +171,7 @@ class LayerDecode:
         splits = min(-(-TASKS_PER_THREAD * threads // pairs), max(1, longest // LEAST_SPLIT))
         split = -(-longest // (splits * CHUNK)) * CHUNK
         stride, partial_stride = (
-            scratch_bytes(self.kind, self.tiled_rows, self.key_units, self.value_units),
+            scratch_bytes(self.tiled_rows // self.rows, self.rows, self.query_bytes, self.sums),
             -(-(self.rank_v + 2) // LANES) * LANES,
         )
         scratch = self.scratch
@@ -189,7 +198,6 @@ class LayerDecode:
                 cache.data_ptr(),
                 cache.stride(0) * itemsize,
                 layout.block_size,
-                self._scales.data_ptr(),
                 self._factor.data_ptr(),
                 0 if self._cap is None else self._cap.data_ptr(),
                 scratch.bytes.data_ptr(),
@@ -198,8 +206,8 @@ class LayerDecode:
                 partial_stride,
                 output.data_ptr(),
                 output.stride(0) * itemsize,
-                self.key_units,
-                self.value_units,
+                self.query_bytes,
+                self.sums,
             ),
             STEP,
         )

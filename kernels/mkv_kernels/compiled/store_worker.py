@@ -19,18 +19,18 @@ from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, SCALE_SHIFT, STEPS
 from mkv_kernels.compiled.entry import compile_entry, record, sources
 from mkv_kernels.compiled.tile import (
     SIDE_FIELDS,
-    coordinate_of,
     fetch_add,
     floats,
+    int16s,
     int32s,
     int64s,
     lengths,
-    lift,
     load_number,
     pointer_to,
     store_number,
     uint8s,
 )
+from mkv_kernels.compiled.values import lift
 from mkv_kernels.compiled.vector import FLOAT16, ITEMSIZE, LANES
 
 TOKENS = 8
@@ -135,17 +135,20 @@ def code(x: Any, step: Any, half: Any) -> Any:
 
 
 @njit
-def write_tier(out: Any, x_at: Any, num_bytes: Any, scale: Any, width: Any, step: Any) -> None:
-    x, packed, half = floats(x_at), uint8s(out), 1 << (width - 1)
-    for byte in range(num_bytes):
+def write_tier(out: Any, word_stride: Any, x_at: Any, num_words: Any, scale: Any, width: Any, step: Any) -> None:
+    """See `codes.pack`; words lie `word_stride` bytes apart."""
+    x, half = floats(x_at), 1 << (width - 1)
+    for word in range(num_words):
         bits = 0
-        for part in range(8 // width):
-            bits |= code(x[coordinate_of(byte, part, num_bytes, 8 // width)] / scale, step, half) << (part * width)
-        packed[byte] = bits
+        for part in range(16 // width):
+            bits |= code(x[word + part * num_words] / scale, step, half) << (part * width)
+        int16s(out + word * word_stride)[0] = bits
 
 
 @njit
-def write_side(side_at: Any, x_at: Any, rank: Any, page: Any, place: Any, scales: Any, bits_at: Any, kind: Any) -> None:
+def write_side(
+    side_at: Any, x_at: Any, rank: Any, page: Any, place: Any, block_size: Any, scales: Any, bits_at: Any, kind: Any
+) -> None:
     """Coordinates [rank] of one token, to its place in a page."""
     side, x = int64s(side_at), floats(x_at)
     itemsize, exact = 4 if len(kind) == 0 else 2, side[1]
@@ -162,12 +165,12 @@ def write_side(side_at: Any, x_at: Any, rank: Any, page: Any, place: Any, scales
         return
     found = scale_code(x_at + 4 * exact, rank - exact, bits_at)
     uint8s(page + side[8])[place] = found
-    scale, first = floats(scales)[found], x_at + 4 * exact
-    write_tier(page + side[2] + place * side[3], first, side[3], scale, 8, _STEP_8)
-    first += 4 * side[3]
-    write_tier(page + side[4] + place * side[5], first, side[5], scale, 4, _STEP_4)
-    first += 8 * side[5]
-    write_tier(page + side[6] + place * side[7], first, side[7], scale, 2, _STEP_2)
+    scale, first, at, stride = floats(scales)[found], x_at + 4 * exact, page + 2 * place, 2 * block_size
+    write_tier(at + side[2], stride, first, side[3], scale, 8, _STEP_8)
+    first += 4 * 2 * side[3]
+    write_tier(at + side[4], stride, first, side[5], scale, 4, _STEP_4)
+    first += 4 * 4 * side[5]
+    write_tier(at + side[6], stride, first, side[7], scale, 2, _STEP_2)
 
 
 @cache
@@ -210,12 +213,13 @@ def _make_worker(kind: int) -> Callable[[Any], None]:
                 slot = int64s(step.slots)[token]
                 if slot < 0:
                     continue
-                page, place = step.cache + slot // step.block_size * step.page_stride, slot % step.block_size
+                size = step.block_size
+                page, place = step.cache + slot // size * step.page_stride, slot % size
                 offset = g * heads * d * itemsize
                 if part == 0:
                     load_floats(x_at, step.key + token * step.key_stride + offset, heads * d, kind_)
                     project(found_at, x_at, heads * d, group.key_down, group.rank_k, group.key_shift, ())
-                    write_side(key_at, found_at, group.rank_k, page, place, step.scales, bits_at, kind_)
+                    write_side(key_at, found_at, group.rank_k, page, place, size, step.scales, bits_at, kind_)
                     continue
                 load_floats(x_at, step.value + token * step.value_stride + offset, heads * d, kind_)
                 at = found_at
@@ -225,6 +229,6 @@ def _make_worker(kind: int) -> Callable[[Any], None]:
                         floats(x_at)[i] += floats(group.value_shift)[i]
                 else:
                     project(found_at, x_at, heads * d, group.value_down, group.rank_v, group.value_shift, ())
-                write_side(key_at + _VALUE_BYTES, at, group.rank_v, page, place, step.scales, bits_at, kind_)
+                write_side(key_at + _VALUE_BYTES, at, group.rank_v, page, place, size, step.scales, bits_at, kind_)
 
     return worker

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLVM vectors of 16 floats and of 32 coordinates: loads, unpacking, products, sums.
 
-A unit is 32 neighbouring coordinates, or 32 bytes of codes. Its operands are what one multiplication takes: two vectors
-of 16 floats, or, for `PAIRS`, one of 32 bfloat16 numbers, of which `multiply_add` sums neighbours.
+A unit is 32 neighbouring coordinates of the 16-bit tier. Its operands are what one multiplication takes: two vectors of
+16 floats, or, for `PAIRS`, one of 32 bfloat16 numbers, of which `multiply_add` sums neighbours. A strip is a word of
+codes of 16 neighbouring tokens; an operand is one part of it, of 16 or, for pairs of tokens, two times 16 tokens, or
+pairs of two parts of 16 tokens. Of 8 bits, two parts are a code's halves, of which the upper is worth 16 times the
+lower: every part has 4 bits or 2.
 
 LLVM makes of vectors what the processor has; with AVX-512 a vector is a register. Codes become floats without a
 conversion: shifted to the top of the mantissa of 1.0 they are 1 + code / 2^b, and less a constant the odd integer times
@@ -43,6 +46,7 @@ NUMBER = (F32, ir.HalfType(), _BFloat(), _BFloat())
 FLOATS = ir.VectorType(F32, LANES)
 BFLOATS = ir.VectorType(_BFloat(), UNIT)
 WORDS = ir.VectorType(I16, UNIT)
+STRIP = ir.VectorType(I16, LANES)
 
 Value = Any
 """An LLVM value; addresses are 64-bit integers."""
@@ -138,36 +142,44 @@ def load_operands(builder: Any, kind: int, address: Value, count: int = UNIT) ->
     return load_numbers(builder, PAIRS if kind == PAIRS else FLOAT32, address, UNIT if kind == PAIRS else count)
 
 
-def unit_mask(builder: Any, num_bytes: Value) -> Value:
-    """Of the next unit of a row of codes that has `num_bytes` left, which are a multiple of 4: its 4-byte words."""
-    lanes = ir.Constant(ir.VectorType(I64, 8), [I64(4 * lane) for lane in range(8)])
-    return builder.icmp_signed("<", lanes, splat(builder, num_bytes, 8))
+def load_strip(builder: Any, address: Value) -> Value:
+    """A word of each of 16 tokens."""
+    return load(builder, STRIP, address)
 
 
-def load_bytes(builder: Any, address: Value, mask: Value) -> Value:
-    """32 bytes of codes; those beyond the mask are not touched, and 0."""
-    vector = ir.VectorType(I32, 8)
-    pointer = builder.inttoptr(address, vector.as_pointer())
-    words = call(builder, "llvm.masked.load.v8i32.p0", vector, pointer, I32(1), mask, constant(vector, 0))
-    return builder.bitcast(words, ir.VectorType(I8, UNIT))
-
-
-def code_operands(builder: Any, kind: int, packed: Value, width: int, part: int) -> list[Value]:
-    """Operands of one part of packed codes, of 4 or 2 bits: odd integers, times `code_factor(kind, width)`."""
-    shift, mask = part * width, (1 << width) - 1
-    if kind == PAIRS:
-        words = builder.zext(packed, WORDS)
-        if shift:
-            words = builder.lshr(words, constant(WORDS, shift))
-        # The look-up takes the lowest 5 bits, so the table repeats itself for those that are not the code's.
-        odd = [_bfloat16(2 * (index & mask) - mask) for index in range(32)]
-        table = ir.Constant(WORDS, [I16(bits) for bits in odd])
-        return [builder.bitcast(call(builder, "llvm.x86.avx512.permvar.hi.512", WORDS, table, words), BFLOATS)]
-    ints = ir.VectorType(I32, UNIT)
-    code = builder.shl(builder.zext(packed, ints), constant(ints, 23 - width - shift))
+def odd_floats(builder: Any, strip: Value, width: int, part: int) -> Value:
+    """Odd integers of one part of 16 words, times `code_factor`."""
+    ints, mask = ir.VectorType(I32, LANES), (1 << width) - 1
+    code = builder.shl(builder.zext(strip, ints), constant(ints, 23 - width - part * width))
     code = builder.and_(code, constant(ints, mask << (23 - width)))
-    floats = builder.bitcast(builder.or_(code, constant(ints, 0x3F800000)), ir.VectorType(F32, UNIT))
-    return _halves(builder, builder.fsub(floats, constant(floats.type, 1 + mask / (2 << width))))
+    floats = builder.bitcast(builder.or_(code, constant(ints, 0x3F800000)), FLOATS)
+    return builder.fsub(floats, constant(FLOATS, 1 + mask / (2 << width)))
+
+
+def token_pairs(builder: Any, strip: Value, after: Value, width: int, part: int) -> Value:
+    """Odd integers of one part of 32 words, of tokens that follow one another."""
+    return _odd_integers(builder, shuffle(builder, strip, after, range(UNIT)), width, [part])
+
+
+def twice(builder: Any, strip: Value) -> Value:
+    """Every word beside itself."""
+    return shuffle(builder, strip, strip, [lane // 2 for lane in range(UNIT)])
+
+
+def part_pairs(builder: Any, words: Value, width: int, part: int) -> Value:
+    """Of words that are there `twice`: the odd integers of a part and of the next."""
+    return _odd_integers(builder, words, width, [part, part + 1])
+
+
+def _odd_integers(builder: Any, words: Value, width: int, parts: Sequence[int]) -> Value:
+    """Of 32 words; their parts alternate."""
+    shifts = [I16(part * width) for part in parts] * (UNIT // len(parts))
+    if any(parts):
+        words = builder.lshr(words, ir.Constant(WORDS, shifts))
+    mask = (1 << width) - 1
+    # The look-up takes the lowest 5 bits, so the table repeats itself for those that are not the code's.
+    table = ir.Constant(WORDS, [I16(_bfloat16(2 * (index & mask) - mask)) for index in range(32)])
+    return builder.bitcast(call(builder, "llvm.x86.avx512.permvar.hi.512", WORDS, table, words), BFLOATS)
 
 
 def code_factor(kind: int, width: int) -> float:

@@ -34,8 +34,8 @@ from mkv_kernels.compiled.chunk import (
     write_output,
 )
 from mkv_kernels.compiled.entry import compile_entry, record, sources
-from mkv_kernels.compiled.tile import SIDE_FIELDS, TOKENS, fetch_add, floats, int64s, lengths, operand_bytes, pointer_to
-from mkv_kernels.compiled.vector import ITEMSIZE, LANES, PAIRS, UNIT, code_factor
+from mkv_kernels.compiled.tile import SIDE_FIELDS, STRIPS, TOKENS, fetch_add, floats, int64s, lengths, pointer_to
+from mkv_kernels.compiled.vector import ITEMSIZE, LANES, PAIRS, code_factor
 
 STEP = record(
     "counters",  # [2 + queries * groups] zeros: threads that came, tasks that were taken, stretches that are done
@@ -57,17 +57,16 @@ STEP = record(
     "cache",
     "page_stride",
     "block_size",
-    "scales",  # [256] floats: what a byte in a page stands for
     "factor",  # one float: scale / ln 2
-    "cap",  # two floats, see `tile.cap`; 0 where there is none
+    "cap",  # two floats, see `scores.cap`; 0 where there is none
     "scratch",
     "scratch_stride",
     "partial",  # [queries, groups, splits, rows of whole tiles, partial_stride] floats
     "partial_stride",  # the largest rank of values, and 2
     "output",
     "output_stride",
-    "key_units",  # of the group that has most
-    "value_units",
+    "query_bytes",  # of a tile's q', in the group that has most
+    "sums",  # floats of a tile's values, in the group that has most
 )
 """A step. Addresses are named for what is there; numbers are int64 and strides in bytes where nothing is said."""
 
@@ -75,7 +74,8 @@ GROUP = np.dtype(
     [
         ("key", np.int64, (SIDE_FIELDS,)),
         ("value", np.int64, (SIDE_FIELDS,)),
-        *[(name, np.int64) for name in ("key_units", "value_units", "rank_k", "rank_v")],
+        ("coded_bytes", np.int64),  # of a tile's q', before that of the 16-bit tier
+        *[(name, np.int64) for name in ("query_bytes", "sums", "rank_k", "rank_v")],
         ("up", np.int64),  # address of D, [J, Rv, d] floats; 0 where it is folded into the weights
         ("mean", np.int64),  # of [J, d] floats
     ]
@@ -87,10 +87,11 @@ _VALUE_BYTES = 8 * SIDE_FIELDS
 _groups_at = pointer_to(from_dtype(GROUP))
 
 
-def scratch_bytes(kind: int, num_tiled_rows: int, key_units: int, value_units: int) -> int:
+def scratch_bytes(num_tiles: int, rows: int, query_bytes: int, sums: int) -> int:
     """One thread's, in the order in which `worker` cuts it up."""
-    per_row = key_units * operand_bytes(kind) + 3 * 4 * CHUNK + 4 * UNIT * value_units + 8
-    return -(-(num_tiled_rows * per_row + (CHUNK + TOKENS) * 16 + (CHUNK + LANES) * 8) // 64) * 64
+    per_tile = query_bytes + rows * (3 * 4 * CHUNK + 8) + 4 * sums
+    per_token = (CHUNK + TOKENS) * 16 + (CHUNK // LANES + STRIPS) * 8 + CHUNK * 8
+    return -(-(num_tiles * per_tile + per_token) // 64) * 64
 
 
 @cache
@@ -102,7 +103,7 @@ def compile_worker(kind: int, rows: int) -> Any:
 def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
     # The first two are known when code is compiled, and part of the key of what numba caches, as the others are.
     kind_, rows_ = lengths(kind), lengths(rows)
-    itemsize, unit_bytes, pairs = ITEMSIZE[kind], operand_bytes(kind), kind == PAIRS
+    itemsize, pairs = ITEMSIZE[kind], kind == PAIRS
     own_sources = sources()
     odd_4, odd_2 = 1 / code_factor(kind, 4), 1 / code_factor(kind, 2)
 
@@ -110,18 +111,20 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
         step = carray(steps, 1)[0]
         if own_sources < 0:  # never
             return
-        tiled = (step.num_rows + rows - 1) // rows * rows
+        num_tiles = (step.num_rows + rows - 1) // rows
+        tiled = num_tiles * rows
         q_at = step.scratch + fetch_add(step.counters) * step.scratch_stride
-        s_at = q_at + tiled * step.key_units * unit_bytes
+        s_at = q_at + num_tiles * step.query_bytes
         p_at = s_at + tiled * CHUNK * 4
         w_at = p_at + tiled * CHUNK * 4
         o_at = w_at + tiled * CHUNK * 4
-        top_at = o_at + tiled * step.value_units * UNIT * 4
+        key_scales_at = o_at + num_tiles * step.sums * 4
+        value_scales_at = key_scales_at + CHUNK * 4
+        top_at = value_scales_at + CHUNK * 4
         sum_at = top_at + tiled * 4
         pages_at = sum_at + tiled * 4
         slots_at = pages_at + (CHUNK + TOKENS) * 8
-        key_scales_at = slots_at + (CHUNK + TOKENS) * 8
-        value_scales_at = key_scales_at + (CHUNK + LANES) * 4
+        strips_at = slots_at + (CHUNK + TOKENS) * 8
         factor = floats(step.factor)[0]
         num_tasks = step.num_queries * step.num_groups * step.num_splits
         while True:
@@ -137,39 +140,63 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
             table_at = step.block_table + int64s(step.requests)[query] * step.table_stride * 4
             source = int64s(step.queries + g * 16)
             number_at = source[0] + token * source[1]
-            for i in range(tiled * group.key_units * (unit_bytes // 8)):
+            for i in range(num_tiles * group.query_bytes // 8):
                 int64s(q_at)[i] = 0
             for row in range(step.num_rows):
-                row_at = q_at + (row // rows * group.key_units * rows + row % rows) * unit_bytes
-                load_query(row_at, number_at + row * group.rank_k * itemsize, key_at, rows, pairs, odd_4, odd_2, kind_)
-            fill(o_at, tiled * group.value_units * UNIT, 0.0)
+                load_query(
+                    q_at + row // rows * group.query_bytes,
+                    row % rows,
+                    number_at + row * group.rank_k * itemsize,
+                    key_at,
+                    group.coded_bytes,
+                    rows,
+                    pairs,
+                    odd_4,
+                    odd_2,
+                    kind_,
+                )
+            fill(o_at, num_tiles * group.sums, 0.0)
             fill(top_at, tiled, -math.inf)
             fill(sum_at, tiled, 0.0)
-            begin = max(0, length - step.window) if step.window > 0 else 0
+            seen = max(0, length - step.window) if step.window > 0 else 0
+            # Codes are read 16 tokens at a time; the first stretch has what is seen before a multiple of 16.
+            begin = (seen + LANES - 1) // LANES * LANES
+            start = seen // LANES * LANES if split == 0 else begin + split * step.split
             stop = min(length, begin + (split + 1) * step.split)
-            for first in range(begin + split * step.split, stop, CHUNK):
+            for first in range(start, stop, CHUNK):
                 num_tokens = min(CHUNK, stop - first)
                 find_tokens(
-                    pages_at, slots_at, first, num_tokens, step.cache, step.page_stride, table_at, step.block_size
+                    pages_at,
+                    slots_at,
+                    strips_at,
+                    first,
+                    num_tokens,
+                    step.cache,
+                    step.page_stride,
+                    table_at,
+                    step.block_size,
                 )
-                load_scales(key_scales_at, step.scales, pages_at, slots_at, num_tokens, int64s(key_at)[8])
-                load_scales(value_scales_at, step.scales, pages_at, slots_at, num_tokens, int64s(value_at)[8])
+                load_scales(key_scales_at, strips_at, slots_at, num_tokens, int64s(key_at)[8])
+                load_scales(value_scales_at, strips_at, slots_at, num_tokens, int64s(value_at)[8])
                 score(
                     s_at,
                     q_at,
+                    group.query_bytes,
+                    group.coded_bytes,
                     key_at,
-                    group.key_units,
                     pages_at,
                     slots_at,
+                    strips_at,
                     key_scales_at,
+                    max(0, seen - first),
                     num_tokens,
-                    tiled // rows,
+                    num_tiles,
+                    step.block_size,
                     step.cap,
                     rows_,
                     kind_,
                 )
                 for row in range(tiled):
-                    own_o_at = o_at + (row // rows * group.value_units * rows + row % rows) * UNIT * 4
                     in_chunk = row * CHUNK * 4
                     weigh_scores(
                         s_at + in_chunk,
@@ -180,20 +207,23 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
                         value_scales_at,
                         num_tokens,
                         factor,
-                        own_o_at,
-                        group.value_units,
+                        o_at + row // rows * group.sums * 4,
+                        row % rows,
+                        value_at,
                         rows_,
                         kind_,
                     )
-                for tile in range(tiled // rows):
+                for tile in range(num_tiles):
                     weigh_values(
-                        o_at + tile * group.value_units * rows * UNIT * 4,
+                        o_at + tile * group.sums * 4,
                         p_at + tile * rows * CHUNK * 4,
                         w_at + tile * rows * CHUNK * 4,
                         value_at,
                         pages_at,
                         slots_at,
+                        strips_at,
                         num_tokens,
+                        step.block_size,
                         rows_,
                         kind_,
                     )
@@ -205,8 +235,8 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
                     floats(top_at)[row],
                     floats(sum_at)[row],
                 )
-                row_at = o_at + (row // rows * group.value_units * rows + row % rows) * UNIT * 4
-                put_in_order(found_at, row_at, value_at, rows, pairs, odd_4, odd_2)
+                tile_at = o_at + row // rows * group.sums * 4
+                put_in_order(found_at, tile_at, row % rows, value_at, rows, pairs, odd_4, odd_2)
             if fetch_add(step.counters + 16 + pair * 8) != step.num_splits - 1:
                 continue
             for row in range(step.num_rows):

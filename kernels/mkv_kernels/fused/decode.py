@@ -16,8 +16,9 @@ import triton.language as tl
 
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
-from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable, power_of_two
-from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
+from mkv_kernels.fused.combine import combine
+from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable
+from mkv_kernels.fused.tile import attend_tokens, tier_of
 
 MAX_QUERIES = 16
 """Queries per request, speculative ones included, up to which this is the kernel to call."""
@@ -25,8 +26,6 @@ PROGRAMS_PER_PROCESSOR = 4
 """Programs that hide each other's waiting for memory."""
 LEAST_TOKENS = 256
 """A split of fewer costs more to combine than it saves."""
-FEW_ROWS = 512
-"""Tokens times query heads of a KV head, up to which combining is short of programs rather than of arithmetic."""
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def _rows_of(query_start_loc_ptr, HEADS: tl.constexpr, M: tl.constexpr):
 def _attend_kernel(
     q_ptr,
     cache_ptr,
-    memory_ptr,
+    words_ptr,
     block_table_ptr,
     seq_lens_ptr,
     query_start_loc_ptr,
@@ -62,7 +61,7 @@ def _attend_kernel(
     stride_q_group,
     stride_q_head,
     stride_cache,
-    stride_memory,
+    stride_words,
     stride_table,
     stride_partial,
     num_programs,
@@ -88,13 +87,16 @@ def _attend_kernel(
     seq_len = tl.load(seq_lens_ptr + request)
     token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
 
-    begin = 0
+    seen = 0
     if WINDOW > 0:
-        # What the first query sees first.
-        begin = tl.maximum(seq_len - q_len + 1 - WINDOW, 0)
+        seen = tl.maximum(seq_len - q_len + 1 - WINDOW, 0)
+    # From a multiple of 16 on; the first split has what is seen before it, and up to 15 tokens that are not.
+    begin = tl.cdiv(seen, 16) * 16
     tokens = tl.cdiv(tl.cdiv(seq_len - begin, N), num_splits) * N
     first = begin + split * tokens
     last = tl.minimum(first + tokens, seq_len)
+    if WINDOW > 0:
+        first = tl.where(split == 0, seen // 16 * 16, first)
 
     row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
@@ -106,8 +108,8 @@ def _attend_kernel(
         row_last,
         first,
         last,
-        (cache_ptr, memory_ptr),
-        (stride_cache, stride_memory),
+        (cache_ptr, words_ptr),
+        (stride_cache, stride_words),
         block_table_ptr + request.to(tl.int64) * stride_table,
         region_k,
         region_v,
@@ -135,130 +137,13 @@ def _attend_kernel(
         left = acc
         for tier in tl.static_range(4):
             if VALUE[0][tier] > 0:
-                _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
+                _, size, begin = tier_of(region_v, tier)
                 for tile in tl.static_range(0 + VALUE[1][tier]):
                     col = tile * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
                     for part in tl.static_range(1 << tier):
                         to = partial_ptr + (at * stride_partial)[:, None] + (begin + part * size + col)[None, :]
                         tl.store(to, left[0], mask=row_mask[:, None] & (col < size)[None, :])
                         left = left[1:]
-
-
-@triton.jit
-def _splits_of(stats_ptr, base, row_mask, num_splits, HEADS: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr):
-    """Over a group's splits: maximum and sum [ROWS], and how many splits, counted from the first, hold anything."""
-    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    used = 0
-    for start in range(0, num_splits, S):
-        split = start + tl.arange(0, S)
-        mask = row_mask[:, None] & (split < num_splits)[None, :]
-        at = 2 * (base[:, None] + (split * HEADS)[None, :])
-        b_m = tl.load(stats_ptr + at, mask=mask, other=float("-inf"))  # [ROWS, S]
-        b_l = tl.load(stats_ptr + at + 1, mask=mask, other=0.0)
-        m_new = tl.maximum(m, tl.max(b_m, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        total = total * tl.exp2(m - shift) + tl.sum(b_l * tl.exp2(b_m - shift[:, None]), 1)
-        m = m_new
-        filled = tl.where(b_m > float("-inf"), split[None, :] + 1, 0)
-        used = tl.maximum(used, tl.max(tl.max(filled, 1), 0))
-    return tl.where(m == float("-inf"), 0.0, m), total, used
-
-
-@triton.jit
-def _combined(
-    partial_ptr,
-    stats_ptr,
-    base,
-    row_mask,
-    m,
-    total,
-    used,
-    col,
-    col_mask,
-    stride_partial,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Attended coordinates `col` of v', [ROWS, C]; 0 for rows that attended to nothing."""
-    acc = tl.zeros([ROWS, C], dtype=tl.float32)
-    for split in range(0, used):
-        at = base + split * HEADS
-        b_m = tl.load(stats_ptr + 2 * at, mask=row_mask, other=float("-inf"))
-        # Splits that hold nothing for a row may lie uninitialised.
-        mask = (b_m > float("-inf"))[:, None] & col_mask[None, :]
-        o = tl.load(partial_ptr + (at * stride_partial)[:, None] + col[None, :], mask=mask, other=0.0)
-        acc += o * tl.exp2(b_m - m)[:, None]
-    return acc * tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
-
-
-# Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_rows", "num_programs"])
-def _combine_kernel(
-    partial_ptr,
-    stats_ptr,
-    spans_ptr,
-    regions_ptr,
-    up_ptr,
-    mean_ptr,
-    out_ptr,
-    num_rows,
-    num_programs,
-    stride_partial,
-    stride_out_token,
-    rank_max,
-    GROUP_HEADS: tl.constexpr,
-    QUERY_HEADS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """o = (sum of splits) D + mean for rows (token, query head) of one KV head; without D where it is folded.
-
-    Shapes: up [G, J, R, d], mean [G, J, d], out [T, H, d].
-    """
-    HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
-    kv_head = tl.program_id(1)
-    group = kv_head // GROUP_HEADS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < num_rows
-    token, query_head = (row // QUERY_HEADS).to(tl.int64), row % QUERY_HEADS
-    first, num_splits = tl.load(spans_ptr + 2 * group), tl.load(spans_ptr + 2 * group + 1)
-    base = (token * num_programs + first) * HEADS + (kv_head % GROUP_HEADS) * QUERY_HEADS + query_head
-    m, total, used = _splits_of(stats_ptr, base, row_mask, num_splits, HEADS, ROWS, S)
-    rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
-    out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + query_head) * D
-    if FOLDED:
-        for start in tl.static_range(0, D_PADDED, C):
-            col = start + tl.arange(0, C)
-            o = _combined(
-                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
-            )
-            o += tl.load(mean_ptr + kv_head * D + col, mask=col < D, other=0.0)[None, :]
-            tl.store(
-                out[:, None] + col[None, :], o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (col < D)[None, :]
-            )
-    else:
-        i_d = tl.arange(0, D_PADDED)
-        acc = tl.zeros([ROWS, D_PADDED], dtype=tl.float32)
-        for start in range(0, rank, C):
-            col = start + tl.arange(0, C)
-            o = _combined(
-                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
-            )
-            at = up_ptr + kv_head.to(tl.int64) * rank_max * D + col[:, None] * D + i_d[None, :]
-            b_up = tl.load(at, mask=(col < rank)[:, None] & (i_d < D)[None, :], other=0.0)  # [C, D]
-            acc = tl.dot(o, b_up, acc, input_precision=PRECISION)
-        acc += tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
-        tl.store(
-            out[:, None] + i_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (i_d < D)[None, :]
-        )
 
 
 @dataclass(frozen=True)
@@ -380,30 +265,4 @@ def decode(
         SOFT_CAP=soft_cap,
         num_warps=tiles.warps,
     )
-    d = table.head_size
-    combine_rows = 16 if T * M <= FEW_ROWS else 64
-    on(_combine_kernel, (triton.cdiv(T * M, combine_rows), table.num_groups * J))(
-        workspace.partial,
-        workspace.stats,
-        work.spans,
-        table.regions,
-        table.value_mean if table.value_up is None else table.value_up,
-        table.value_mean,
-        output,
-        T * M,
-        num_programs,
-        table.rank_v,
-        output.stride(0),
-        table.rank_v,
-        GROUP_HEADS=J,
-        QUERY_HEADS=M,
-        FIELDS=SIDE_FIELDS,
-        ROWS=combine_rows,
-        C=32,
-        S=16,
-        D=d,
-        D_PADDED=power_of_two(d),
-        FOLDED=table.value_up is None,
-        PRECISION=launch.precision(query.dtype),
-        num_warps=4,
-    )
+    combine(workspace.partial, workspace.stats, table, num_splits, output)

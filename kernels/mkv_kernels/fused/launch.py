@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Pages:
-    """A cache as the kernels take it: the same memory as elements of the model's dtype and as bytes."""
+    """A cache as the kernels take it: the same memory as elements of the model's dtype and as words of 16 bits."""
 
     pages: tuple[torch.Tensor, torch.Tensor]
     strides: tuple[int, int]
@@ -164,7 +164,7 @@ def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
             f"the cache starts at {cache.data_ptr() % ALIGNMENT} bytes beyond a multiple of {ALIGNMENT} and its blocks "
             f"lie {stride} bytes apart; both must be multiples of {ALIGNMENT}: pad the pages"
         )
-    return Pages((cache, cache.view(torch.uint8)), (stride // layout.itemsize, stride))
+    return Pages((cache, cache.view(torch.int16)), (stride // layout.itemsize, stride // 2))
 
 
 def check_attention(

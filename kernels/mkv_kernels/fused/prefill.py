@@ -33,6 +33,22 @@ def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
     return left
 
 
+@triton.jit
+def _rows_of(
+    tile, request, query_start_loc_ptr, QUERIES: tl.constexpr, QUERY_HEADS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Of a tile's rows: token in the step, query head of the KV head, and whether there is one; the request's number of
+    queries, and the tile's first."""
+    # Volatile, since else the compiler would keep what it read before.
+    q_start = tl.load(query_start_loc_ptr + request, volatile=True)
+    q_len = tl.load(query_start_loc_ptr + request + 1, volatile=True) - q_start
+    q_first = (tile - (q_start // QUERIES + request)) * QUERIES
+    row = tl.arange(0, M)
+    q_index = q_first + row // QUERY_HEADS
+    row_mask = (row < QUERIES * QUERY_HEADS) & (q_index < q_len)
+    return (q_start + q_index).to(tl.int64), row % QUERY_HEADS, row_mask, q_len, q_first
+
+
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
 @triton.jit(
     do_not_specialize=["num_requests", "stride_table"],
@@ -41,7 +57,7 @@ def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
 def _prefill_kernel(
     q_ptr,
     cache_ptr,
-    memory_ptr,
+    words_ptr,
     block_table_ptr,
     seq_lens_ptr,
     query_start_loc_ptr,
@@ -55,7 +71,7 @@ def _prefill_kernel(
     stride_q_group,
     stride_q_head,
     stride_cache,
-    stride_memory,
+    stride_words,
     stride_table,
     stride_out_token,
     rank_max,
@@ -82,34 +98,27 @@ def _prefill_kernel(
     # Later queries see more tokens; a launch should not end with them.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     request = _request_of(tile, query_start_loc_ptr, num_requests, QUERIES)
-    q_start = tl.load(query_start_loc_ptr + request)
-    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
-    q_first = (tile - (q_start // QUERIES + request)) * QUERIES
+    token, head, row_mask, q_len, q_first = _rows_of(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
     # Tiles before the first request, and behind the last one's queries, have no work.
     if (q_first >= 0) & (q_first < q_len):
         group = tl.load(programs_ptr + 4 * (tl.program_id(1) // GROUP_HEADS))
-        kv_head = group * GROUP_HEADS + tl.program_id(1) % GROUP_HEADS
         context = tl.load(seq_lens_ptr + request) - q_len
-        row = tl.arange(0, M)
-        q_index = q_first + row // QUERY_HEADS
-        row_mask = (row < QUERIES * QUERY_HEADS) & (q_index < q_len)
-        row_last = tl.where(row_mask, context + q_index, -1)
-        token = (q_start + q_index).to(tl.int64)
-        head = (tl.program_id(1) % GROUP_HEADS) * QUERY_HEADS + row % QUERY_HEADS
+        row_last = tl.where(row_mask, context + q_first + tl.arange(0, M) // QUERY_HEADS, -1)
+        in_group = (tl.program_id(1) % GROUP_HEADS) * QUERY_HEADS + head
         region_k = regions_ptr + group * (2 * FIELDS)
         region_v = region_k + FIELDS
         first = 0
         if WINDOW > 0:
-            # What the tile's first query sees first.
-            first = tl.maximum(context + q_first + 1 - WINDOW, 0)
+            # What the tile's first query sees first, and up to 15 tokens before it.
+            first = tl.maximum(context + q_first + 1 - WINDOW, 0) // 16 * 16
         _, total, acc = attend_tokens(
-            q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head,
+            q_ptr + token * stride_q_token + group * stride_q_group + in_group * stride_q_head,
             row_mask,
             row_last,
             first,
             context + tl.minimum(q_first + QUERIES, q_len),
-            (cache_ptr, memory_ptr),
-            (stride_cache, stride_memory),
+            (cache_ptr, words_ptr),
+            (stride_cache, stride_words),
             block_table_ptr + request.to(tl.int64) * stride_table,
             region_k,
             region_v,
@@ -126,16 +135,21 @@ def _prefill_kernel(
             SOFT_CAP,
         )
 
+        # Read and derived again: kept through the loop, they would take registers that it needs.
+        token, head, row_mask, _, _ = _rows_of(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
+        group = tl.load(programs_ptr + 4 * (tl.program_id(1) // GROUP_HEADS), volatile=True)
+        kv_head = group * GROUP_HEADS + tl.program_id(1) % GROUP_HEADS
+        region_v = regions_ptr + group * (2 * FIELDS) + FIELDS
         share = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
         i_d = tl.arange(0, D_PADDED)
-        out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + row % QUERY_HEADS) * D
+        out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + head) * D
         to = out[:, None] + i_d[None, :]
         mean = tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
         result = tl.zeros([M, D_PADDED], dtype=tl.float32) + mean
         left = acc
         for tier in tl.static_range(4):
             if VALUE[0][tier] > 0:
-                _, size, begin = tier_of(region_v, tier, VALUE[2][tier])
+                _, size, begin = tier_of(region_v, tier)
                 for i in tl.static_range(0 + VALUE[1][tier]):
                     # Products sum over 16 at least: of narrow tiles, parts go in pairs.
                     for part in tl.static_range(0, 1 << tier, 1 if VALUE[0][tier] >= 16 else 2):

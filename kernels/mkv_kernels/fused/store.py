@@ -19,7 +19,7 @@ from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, STEPS
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable
-from mkv_kernels.fused.tile import rank_of, tier_of, words_at
+from mkv_kernels.fused.tile import rank_of, scales_at, tier_of
 from mkv_kernels.fused.unpack import scale_codes, scale_values
 
 FEW_TOKENS = 64
@@ -44,11 +44,12 @@ def _project(
 
 @triton.jit
 def _pack_tier(
-    rows, row_mask, scale, to, size, begin, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
-):
+    rows, row_mask, scale, to, size, begin, WIDTH: tl.constexpr, STEP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Codes of a tier, see `codes.quantise` and `codes.pack`.
 
-    Shapes: rows [ROWS] pointers to float32, to [ROWS] pointers to words.
+    Shapes: rows [ROWS] pointers to float32, to [ROWS] pointers to the tokens' first words.
     """
     HALF: tl.constexpr = 1 << (WIDTH - 1)
     # One division per token: a coordinate within a rounding of a level's edge may get the code beside its twin's.
@@ -63,7 +64,7 @@ def _pack_tier(
             code = tl.floor(x * levels) + HALF
             code = tl.minimum(tl.maximum(code, 0.0), 2.0 * HALF - 1.0)
             packed |= code.to(tl.int32) << (part * WIDTH)
-        tl.store(to[:, None] + col[None, :], packed.to(tl.int16), mask=mask)
+        tl.store(to[:, None] + (col * BLOCK_SIZE)[None, :], packed.to(tl.int16), mask=mask)
 
 
 @triton.jit
@@ -72,11 +73,12 @@ def _pack(
     row_mask,
     block,
     slot,
-    memory_ptr,
-    stride_memory,
+    words_ptr,
+    stride_words,
     region,
     least,
     largest,
+    BLOCK_SIZE: tl.constexpr,
     SIDE: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -100,13 +102,14 @@ def _pack(
     # Comparisons let NaN pass, so that it shows.
     scale = tl.where(scale < least, least, tl.where(scale > largest, largest, scale))
     code = scale_codes(scale)
-    tl.store(memory_ptr + block * stride_memory + tl.load(region + 8) + slot, code, mask=row_mask)
     scale = scale_values(code)
+    page = words_ptr + block * stride_words
     for tier in tl.static_range(1, 4):
         if SIDE[0][tier] > 0:
-            offset, size, begin = tier_of(region, tier, SIDE[2][tier])
-            to = words_at(memory_ptr + block * stride_memory, offset, slot, size)
-            _pack_tier(rows, row_mask, scale, to, size, begin - exact, 16 >> tier, STEPS[tier], ROWS, C)
+            offset, size, begin = tier_of(region, tier)
+            to = page + offset + slot
+            _pack_tier(rows, row_mask, scale, to, size, begin - exact, 16 >> tier, STEPS[tier], BLOCK_SIZE, ROWS, C)
+    tl.store(scales_at(page, region).to(tl.pointer_type(tl.uint8), bitcast=True) + slot, code, mask=row_mask)
 
 
 @triton.jit
@@ -115,7 +118,7 @@ def _store_side(
     basis_ptr,
     shift_ptr,
     cache_ptr,
-    memory_ptr,
+    words_ptr,
     slots_ptr,
     item,
     region,
@@ -124,7 +127,7 @@ def _store_side(
     num_tokens,
     stride_x,
     stride_cache,
-    stride_memory,
+    stride_words,
     rank_max,
     stride_scratch,
     least,
@@ -161,7 +164,7 @@ def _store_side(
     block, slot = place // BLOCK_SIZE, place % BLOCK_SIZE
     if share == 0:
         x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
-        offset, size, _ = tier_of(region, 0, SIDE[2][0])
+        offset, size, _ = tier_of(region, 0, cache_ptr.dtype.element_ty.primitive_bitwidth)
         to = cache_ptr + block * stride_cache + (offset + slot * size)
         tl.store(to[:, None] + col[None, :], x.to(cache_ptr.dtype.element_ty), mask=stored[:, None] & col_mask[None, :])
     else:
@@ -179,11 +182,12 @@ def _store_side(
                 stored,
                 block,
                 slot,
-                memory_ptr,
-                stride_memory,
+                words_ptr,
+                stride_words,
                 region,
                 least,
                 largest_scale,
+                BLOCK_SIZE,
                 SIDE,
                 STEPS,
                 ROWS,
@@ -199,7 +203,7 @@ def _store_kernel(
     v_ptr,
     projected_ptr,
     cache_ptr,
-    memory_ptr,
+    words_ptr,
     slots_ptr,
     items_ptr,
     regions_ptr,
@@ -219,7 +223,7 @@ def _store_kernel(
     stride_p_group,
     stride_p_head,
     stride_cache,
-    stride_memory,
+    stride_words,
     stride_scratch,
     rank_k,
     rank_v,
@@ -270,15 +274,15 @@ def _store_kernel(
         counter = counters_ptr + side * tl.cdiv(num_tokens, ROWS) + tile
         if kind == 1:
             _store_side(
-                k_ptr, key_down_ptr, key_shift_ptr, cache_ptr, memory_ptr, slots_ptr, item, region,
-                scratch, counter, num_tokens, stride_k, stride_cache, stride_memory, rank_k,
+                k_ptr, key_down_ptr, key_shift_ptr, cache_ptr, words_ptr, slots_ptr, item, region,
+                scratch, counter, num_tokens, stride_k, stride_cache, stride_words, rank_k,
                 stride_scratch, least, largest_scale, largest, WIDTH, BLOCK_SIZE, KEY, STEPS, True, ROWS, C, K,
                 PRECISION,
             )  # fmt: skip
         else:
             _store_side(
-                v_ptr, value_down_ptr, value_shift_ptr, cache_ptr, memory_ptr, slots_ptr, item,
-                region + FIELDS, scratch, counter, num_tokens, stride_v, stride_cache, stride_memory, rank_v,
+                v_ptr, value_down_ptr, value_shift_ptr, cache_ptr, words_ptr, slots_ptr, item,
+                region + FIELDS, scratch, counter, num_tokens, stride_v, stride_cache, stride_words, rank_v,
                 stride_scratch, least, largest_scale, largest, WIDTH, BLOCK_SIZE, VALUE, STEPS, not FOLDED,
                 ROWS, C, K, PRECISION,
             )  # fmt: skip

@@ -7,8 +7,8 @@ values:
 
     offset and size of the tier of 16, 8, 4 and 2 bits; offset of the token scales
 
-Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in bytes for all others. Sizes are
-coordinates for 16 bits and words of 16 bits per token for the others, 0 where a group has no such tier; the scales'
+Offsets are from the start of a page: in elements of the model's dtype for 16 bits, in words of 16 bits for all others.
+Sizes are coordinates for 16 bits and words per token for the others, 0 where a group has no such tier; the scales'
 offset is -1 where it has none at all.
 """
 
@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.layout import ALIGNMENT, WIDTHS, PageLayout, SideLayout, side_bytes
+from mkv_kernels.layout import WIDTHS, PageLayout, SideLayout, check_block_size, side_bytes
 
 SIDE_FIELDS = 9
 TIERS = WIDTHS[:-1]
@@ -32,7 +32,7 @@ TILES = (64, 128)
 tokens are enough for every thread to load 16 bytes, and heads are not large, for prefill multiplies as many rows of D.
 """
 LOADED_WORDS = (16, 32)
-"""Words of a coded tier's row that are loaded at once: the more where padding does not grow by it."""
+"""Words of a coded tier per token that are loaded at once: the more where padding does not grow by it."""
 LEAST_COST = 0.25
 """What a token of a group without any bytes costs a decode program, against one of the group with most bytes: products
 with keys are padded to the layer's largest ranks, and the softmax is everybody's."""
@@ -48,13 +48,10 @@ class SideShape:
 
     chunks: coordinates (16 bits) or words (others) that are loaded at once; 0 where no group has the tier.
     tiles: chunks that hold the tier of every group, rounded up to few values so that few kernels are compiled.
-    aligns: bytes that the length of every token's row is a multiple of, 16 at most; for 16 bits the elements that every
-        region starts on a multiple of.
     """
 
     chunks: tuple[int, int, int, int]
     tiles: tuple[int, int, int, int]
-    aligns: tuple[int, int, int, int]
 
     @property
     def columns(self) -> int:
@@ -69,34 +66,39 @@ class SideShape:
     @property
     def constants(self) -> tuple[tuple[int, ...], ...]:
         """As the kernels take them."""
-        return (self.chunks, self.tiles, self.aligns)
+        return (self.chunks, self.tiles)
 
     @classmethod
-    def of(cls, sides: list[SideLayout], itemsize: int, head_size: int, words: int = 16) -> SideShape:
+    def of(cls, sides: list[SideLayout], head_size: int, words: int = 16) -> SideShape:
         """`words` are the fewest of a coded tier to load at once: 16 where a product sums over them."""
-        chunks, tiles, aligns = [], [], []
+        shapes = []
         for tier, width in enumerate(TIERS):
-            sizes = [size for side in sides if (size := tier_sizes(side)[tier])]
-            most = max(sizes, default=0)
+            most = max((tier_sizes(side)[tier] for side in sides), default=0)
             longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_WORDS[most > 48]
-            chunk = max(16 if width == 16 else words, min(longest, power_of_two(most)))
-            chunks.append(chunk if sizes else 0)
-            needed = -(-most // chunks[-1]) if sizes else 0
-            tiles.append(next(step for step in _STEPS if step >= needed))
-            aligns.append(min([ALIGNMENT, *(2 * (size & -size) for size in sizes)]))
-        aligns[0] = ALIGNMENT // itemsize
-        return cls(tuple(chunks), tuple(tiles), tuple(aligns))  # type: ignore[arg-type]
+            least = 16 if width == 16 else words
+            chunk = max(least, min(longest, power_of_two(most)))
+            if width < 16:
+                smaller = [c for c in (8, 16, 32) if least <= c < chunk and most <= c * _STEPS[-1]]
+                chunk = min(chunk, *smaller, key=lambda c: (c * _tiles(most, c), -c)) if smaller else chunk
+            shapes.append((chunk, _tiles(most, chunk)) if most else (0, 0))
+        chunks, tiles = zip(*shapes, strict=True)
+        return cls(chunks, tiles)
 
 
-CODED_TILES = ((8, 1, 64, 144), (16, 1, 32, 288), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
+def _tiles(most: int, chunk: int) -> int:
+    """For so many numbers; rounded up to few values."""
+    return next(step for step in _STEPS if step >= -(-most // chunk))
+
+
+CODED_TILES = ((8, 1, 32, 192), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
 """For layers with codes: least words of a tier of values that are loaded at once, warps, tokens, and columns of values
 up to which these are taken. Warps share the columns, 8 words at least each, and accumulators of 16 rows of queries stay
 in registers: where there are few columns, more warps would unpack what others do."""
 
 
-def _coded_tiles(values: list[SideLayout], itemsize: int, head_size: int) -> tuple[SideShape, int, int]:
+def _coded_tiles(values: list[SideLayout], head_size: int) -> tuple[SideShape, int, int]:
     """Of `CODED_TILES` the first with room for the values: their shape, and warps and tokens of a program."""
-    shapes = [(SideShape.of(values, itemsize, head_size, words), rest) for words, *rest in CODED_TILES]
+    shapes = [(SideShape.of(values, head_size, words), rest) for words, *rest in CODED_TILES]
     return next((shape, warps, tokens) for shape, (warps, tokens, columns) in shapes if shape.columns <= columns)
 
 
@@ -157,7 +159,9 @@ class LayerTable:
 
     @classmethod
     def build(cls, bases: LayerBases) -> LayerTable:
+        """Raises ValueError for a block size that the kernels do not serve."""
         layout, runs = bases.layout, bases.runs
+        check_block_size(layout)
         groups, device = layout.groups, runs[0].key_down.device
         rank_k = max([16, *(group.key.rank for group in groups)])
         rank_v = max([16, *(group.value.rank for group in groups)])
@@ -167,12 +171,12 @@ class LayerTable:
 
         rows = [_side_row(group.key, layout) + _side_row(group.value, layout) for group in groups]
         values = [group.value for group in groups]
-        value, coded_warps, coded_tokens = _coded_tiles(values, layout.itemsize, bases.head_size)
+        value, coded_warps, coded_tokens = _coded_tiles(values, bases.head_size)
         return cls(
             layout=layout,
             head_size=bases.head_size,
             group_heads=bases.group_heads,
-            key=SideShape.of([group.key for group in groups], layout.itemsize, bases.head_size),
+            key=SideShape.of([group.key for group in groups], bases.head_size),
             value=value,
             coded_warps=coded_warps,
             coded_tokens=coded_tokens,
@@ -219,11 +223,11 @@ def tier_sizes(side: SideLayout) -> tuple[int, ...]:
 
 
 def _side_row(side: SideLayout, layout: PageLayout) -> list[int]:
-    offsets = {region.width: region.offset // (layout.itemsize if region.width == 16 else 1) for region in side.regions}
+    offsets = {region.width: region.offset // (layout.itemsize if region.width == 16 else 2) for region in side.regions}
     row = [
         number for width, size in zip(TIERS, tier_sizes(side), strict=True) for number in (offsets.get(width, 0), size)
     ]
-    return [*row, -1 if side.scale_offset is None else side.scale_offset]
+    return [*row, -1 if side.scale_offset is None else side.scale_offset // 2]
 
 
 def _by_group(runs: tuple[RunBases, ...], name: str, num_groups: int, dim: int, size: int) -> torch.Tensor:

@@ -5,11 +5,12 @@ A tier of the 16-bit width enters the tensor cores as it is. Of the others, the 
 for (see `codes`): no coordinate is multiplied by a scale, the token's scale multiplies its column of scores (keys) or
 its probability (values). Half steps are in the bases.
 
-Coded rows are loaded as words of 16 bits, which the tensor cores' operands have too: they take the same way through
-shared memory, 16 bytes at a time, and unpacking takes no shuffle. One part of a row's words gives neighbouring
-coordinates.
+Codes are loaded as words of 16 bits, which the tensor cores' operands have too: they take the same way through shared
+memory, 16 bytes at a time, and unpacking takes no shuffle. Such 16 bytes are a word of 8 neighbouring tokens; one part
+of neighbouring words gives neighbouring coordinates.
 
-Legend: M query rows, N tokens, C coordinates or words of a row at once. A "region" is a side's row of `table.regions`.
+Legend: M query rows, N tokens, C coordinates or words of a token at once. A "region" is a side's row of
+`table.regions`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def tier_of(region, TIER: tl.constexpr, ALIGN: tl.constexpr):
-    """Offset, numbers or words per token, and first coordinate of a tier; the offset of a coded one is in bytes."""
+def tier_of(region, TIER: tl.constexpr, BITS: tl.constexpr = 16):
+    """Offset, numbers or words per token, and first coordinate of a tier. BITS has a number of the tier of 16 bits."""
     start = 0
     for before in tl.static_range(TIER):
         start += tl.load(region + 2 * before + 1) * (1 << before)
-    offset = tl.multiple_of(tl.load(region + 2 * TIER), ALIGN if TIER == 0 else 16)
-    size = tl.multiple_of(tl.load(region + 2 * TIER + 1), 16 if TIER == 0 else ALIGN // 2)
+    # Bits that are known to be 0 save adding them to addresses of 64 bits.
+    offset = tl.multiple_of(tl.load(region + 2 * TIER) & 0x3FFFFFFF, 128 // BITS if TIER == 0 else 8)
+    size = tl.load(region + 2 * TIER + 1)
+    if TIER == 0:
+        size = tl.multiple_of(size, 16)
     return offset, size, tl.multiple_of(start, 16)
 
 
@@ -45,26 +49,25 @@ def rank_of(region):
 
 
 @triton.jit
-def words_at(memory, offset, slot, size):
-    """Where the words of tokens begin whose rows of `size` words lie from a byte on."""
-    return (memory + (offset + slot * (2 * size))).to(tl.pointer_type(tl.int16), bitcast=True)
+def scales_at(page, region):
+    """Where the scales of a page of words begin, if the group has any."""
+    return page + tl.multiple_of(tl.load(region + 8) & 0x3FFFFFFF, 8)
 
 
 @triton.jit
-def load_scales(memory, page, slot, region):
-    """Scales of tokens, [N] words of the bytes of four neighbours; 0 for groups without coded tiers.
+def load_scales(page, slot, region):
+    """Scales of tokens, [N] integers of the bytes of four neighbours; 0 for groups without coded tiers.
 
-    Words, since copies to shared memory, and with them fetching ahead, begin at 4 bytes.
+    Four, since copies to shared memory, and with them fetching ahead, begin at 4 bytes.
     """
-    at = tl.load(region + 8) + slot * 0
-    words = (memory + page + (tl.multiple_of(at, 16) + slot // 4 * 4)).to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.load(words, mask=at >= 0, other=0)
+    fours = (scales_at(page, region) + slot // 4 * 2).to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(fours, mask=tl.load(region + 8) + slot * 0 >= 0, other=0)
 
 
 @triton.jit
-def scales_of(words, slot):
+def scales_of(fours, n):
     """[N] float32, from what `load_scales` loads."""
-    return scale_values(words >> slot % 4 * 8)
+    return scale_values(fours >> n % 4 * 8)
 
 
 @triton.jit
@@ -76,7 +79,7 @@ def load_queries(query, row_mask, region, KEY: tl.constexpr):
     tiles = ()
     for tier in tl.static_range(4):
         if KEY[0][tier] > 0:
-            _, size, begin = tier_of(region, tier, KEY[2][tier])
+            _, size, begin = tier_of(region, tier)
             for tile in tl.static_range(0 + KEY[1][tier]):
                 col = tile * KEY[0][tier] + tl.arange(0, KEY[0][tier])
                 for part in tl.static_range(1 << tier):
@@ -106,30 +109,35 @@ def excess_scores(queries, M: tl.constexpr, KEY: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit
 def load_tile(
-    pages, strides, block, slot, region, SIDE: tl.constexpr, TIER: tl.constexpr, TILE: tl.constexpr,
+    places, region, SIDE: tl.constexpr, TIER: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a tier of one side of N tokens, [N, C] or [C, N]. Nothing is read beyond the group's rank."""
-    offset, size, _ = tier_of(region, TIER, SIDE[2][TIER])
-    if TIER == 0:
-        rows = pages[0] + block * strides[0] + (offset + slot * size)
-    else:
-        rows = words_at(pages[1] + block * strides[1], offset, slot, size)
+    """A tile of a tier of one side of N tokens, [N, C] or [C, N]. Nothing is read beyond the group's rank.
+
+    Shapes: places [N]: pages as numbers and slots of the tokens, and where their first words would lie in their pages.
+    """
+    offset, size, _ = tier_of(region, TIER, places[0].dtype.element_ty.primitive_bitwidth)
     col = TILE * SIDE[0][TIER] + tl.arange(0, SIDE[0][TIER])
-    if TRANSPOSED:
-        tile = tl.load(rows[None, :] + col[:, None], mask=(col < size)[:, None], other=0)
+    if TIER == 0:
+        rows = places[0] + offset + places[1] * size
+        step = 1
     else:
-        tile = tl.load(rows[:, None] + col[None, :], mask=(col < size)[None, :], other=0)
+        rows = places[2] + offset
+        step = BLOCK_SIZE
+    if TRANSPOSED:
+        tile = tl.load(rows[None, :] + (col * step)[:, None], mask=(col < size)[:, None], other=0)
+    else:
+        tile = tl.load(rows[:, None] + (col * step)[None, :], mask=(col < size)[None, :], other=0)
     return tile
 
 
 @triton.jit
-def load_values(pages, strides, block, slot, region, VALUE: tl.constexpr):
+def load_values(places, region, VALUE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """A value side by tier and tile, see `load_tile`."""
     values = ()
     for tier in tl.static_range(4):
         for tile in tl.static_range(0 + VALUE[1][tier]):
-            b_v = load_tile(pages, strides, block, slot, region, VALUE, tier, tile, False)
+            b_v = load_tile(places, region, VALUE, tier, tile, BLOCK_SIZE, False)
             values = values + (b_v,)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
@@ -188,11 +196,11 @@ def attend_tokens(
     Args:
         query: [M] pointers to rows of q'.
         row_last: [M] the last position that a row sees; -1 for rows that are none.
-        first, last: tokens of the request, [first, last).
-        pages, strides: the cache and its block stride as elements of the model's dtype and as bytes.
+        first, last: tokens of the request, [first, last), the first a multiple of 16.
+        pages, strides: the cache and its block stride as elements of the model's dtype and as words.
         block_table: pointer to the request's row.
         PTX: see `unpack`.
-        KEY, VALUE: chunks, tiles and aligns of `table.SideShape`.
+        KEY, VALUE: chunks and tiles of `table.SideShape`.
         WINDOW: tokens that a row sees, the last included; 0 for all up to the last.
         SOFT_CAP: see `capped`; 0 for none.
     """
@@ -204,21 +212,25 @@ def attend_tokens(
     m = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc = no_values(M, VALUE)
+    first = tl.multiple_of(first, 16)
+    row_last = tl.minimum(row_last, last - 1)
+    last_page = (last - 1) // BLOCK_SIZE
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        # Behind the last token it is loaded again, and not seen: what lies there may be anything.
-        token = tl.minimum(n, last - 1)
-        block = tl.load(block_table + token // BLOCK_SIZE).to(tl.int64)
-        slot = token % BLOCK_SIZE
+        # Behind the last token there may be anything: codes of it are not seen, numbers are the last token's again.
+        block = tl.load(block_table + tl.minimum(n // BLOCK_SIZE, last_page)).to(tl.int64)
+        slot = n % BLOCK_SIZE
+        page = pages[1] + block * strides[1]
+        places = (pages[0] + block * strides[0], tl.minimum(n, last - 1) % BLOCK_SIZE, page + slot)
         if CODED_K:
-            scales_k = load_scales(pages[1], block * strides[1], slot, region_k)
+            scales_k = load_scales(page, slot, region_k)
 
         b_q = queries
         exact = tl.zeros([M, N], dtype=tl.float32)
         coded = tl.zeros([M, N], dtype=tl.float32) - above[:, None]
         for tier in tl.static_range(4):
             for tile in tl.static_range(0 + KEY[1][tier]):
-                b_k = load_tile(pages, strides, block, slot, region_k, KEY, tier, tile, True)
+                b_k = load_tile(places, region_k, KEY, tier, tile, BLOCK_SIZE, True)
                 for part in tl.static_range(1 << tier):
                     if tier == 0:
                         exact = tl.dot(b_q[0], b_k, exact, input_precision=PRECISION)
@@ -228,8 +240,8 @@ def attend_tokens(
                     b_q = b_q[1:]
         s = exact
         if CODED_K:
-            s += coded * scales_of(scales_k, slot)[None, :]
-        seen = (n < last)[None, :] & (n[None, :] <= row_last[:, None])
+            s += coded * scales_of(scales_k, n)[None, :]
+        seen = n[None, :] <= row_last[:, None]
         if WINDOW > 0:
             seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
         s *= qk_scale
@@ -244,13 +256,14 @@ def attend_tokens(
         total = total * alpha + tl.sum(p, 1)
         m = m_new
 
-        values = load_values(pages, strides, block, slot, region_v, VALUE)
+        values = load_values(places, region_v, VALUE, BLOCK_SIZE)
         if CODED_V:
-            scales_v = load_scales(pages[1], block * strides[1], slot, region_v)
+            scales_v = load_scales(page, slot, region_v)
         b_p = p.to(DTYPE)
         b_p_scaled = b_p
         if CODED_V:
-            b_p_scaled = (p * scales_of(scales_v, slot)[None, :]).to(DTYPE)
+            # Behind the last token a scale may be anything, and 0 times it not 0.
+            b_p_scaled = (p * tl.where(n < last, scales_of(scales_v, n), 0.0)[None, :]).to(DTYPE)
         added = ()
         for tier in tl.static_range(4):
             for tile in tl.static_range(0 + VALUE[1][tier]):
