@@ -213,7 +213,7 @@ def attend_tokens(
     total = tl.zeros([M], dtype=tl.float32)
     acc = no_values(M, VALUE)
     first = tl.multiple_of(first, 16)
-    row_last = tl.minimum(row_last, last - 1)
+    row_end = tl.minimum(row_last, last - 1)
     last_page = (last - 1) // BLOCK_SIZE
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
@@ -241,7 +241,7 @@ def attend_tokens(
         s = exact
         if CODED_K:
             s += coded * scales_of(scales_k, n)[None, :]
-        seen = n[None, :] <= row_last[:, None]
+        seen = n[None, :] <= row_end[:, None]
         if WINDOW > 0:
             seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
         s *= qk_scale
