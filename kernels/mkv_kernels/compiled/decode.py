@@ -10,7 +10,7 @@ import torch
 from llvmlite import binding
 
 from mkv_kernels.bases import LayerBases
-from mkv_kernels.compiled.chunk import CHUNK
+from mkv_kernels.compiled.chunk import CHUNK, num_fours
 from mkv_kernels.compiled.entry import parallel, run_on_threads
 from mkv_kernels.compiled.tile import operand_bytes
 from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT
@@ -54,14 +54,13 @@ def side_fields(side: SideLayout) -> list[int]:
 
 def _tile_sizes(key: SideLayout, value: SideLayout, rows: int, kind: int) -> dict[str, int]:
     """Of a tile of so many rows, see `worker.GROUP`."""
-    parts = sum(region.size for region in key.coded) + sum(region.size for region in key.coded if region.width == 8)
-    coded_bytes = -(-parts * rows * operand_bytes(kind) // UNIT // 64) * 64
+    fours = [num_fours.py_func(side_fields(side)) for side in (key, value)]
+    coded_bytes = -(-4 * fours[0] * rows * operand_bytes(kind) // UNIT // 64) * 64
     units = [-(-side.exact // UNIT) * rows for side in (key, value)]
-    fours = sum(region.size * region.width // 16 * (2 if region.width == 2 else 1) for region in value.coded)
     return {
         "coded_bytes": coded_bytes,
         "query_bytes": coded_bytes + units[0] * operand_bytes(kind),
-        "sums": fours * LANES + units[1] * UNIT,
+        "sums": fours[1] * LANES + units[1] * UNIT,
     }
 
 

@@ -79,7 +79,7 @@ class SideShape:
             chunk = max(least, min(longest, power_of_two(most)))
             if width < 16:
                 smaller = [c for c in (8, 16, 32) if least <= c < chunk and most <= c * _STEPS[-1]]
-                chunk = min(chunk, *smaller, key=lambda c: (c * _tiles(most, c), -c)) if smaller else chunk
+                chunk = min([chunk, *smaller], key=lambda c: (c * _tiles(most, c), -c))
             shapes.append((chunk, _tiles(most, chunk)) if most else (0, 0))
         chunks, tiles = zip(*shapes, strict=True)
         return cls(chunks, tiles)
