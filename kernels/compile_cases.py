@@ -117,7 +117,7 @@ CASES = {
         launches=("decode", "speculative", "prefill"),
     ),
     "narrow-tiers-j1": Case(((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4),
-    "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4),
+    "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4, fold_up=True),
     # Heads of other sizes.
     "tiers-j2-head-64": Case(
         ((blocks(b16=16, b4=64, b2=32, b0=16), blocks(b4=64, b2=64)),), 2, 4, head_size=64, block_size=32,

@@ -348,7 +348,7 @@ def main() -> int:
             try:
                 found = future.result()
             except Exception as error:  # whatever a compiler may raise
-                failures.append(f"{case} for {arch}: {type(error).__name__}: {error}")
+                failures.append(f"{case} for {arch}: {reason_of(error)}")
                 print(f"DOES NOT COMPILE: {failures[-1]}", flush=True)
                 continue
             for row in found:
@@ -359,6 +359,15 @@ def main() -> int:
         report = {"triton": triton.__version__, "failures": failures, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return conclude(rows, failures, time.perf_counter() - start)
+
+
+def reason_of(error: BaseException) -> str:
+    """With what it was caused by: Triton's own error is at a call, its cause inside what is called."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    # From another process, a cause may be the text of the traceback, with all causes in it.
+    return "\n".join(f"{type(cause).__name__}: {cause}" for cause in causes)
 
 
 def conclude(rows: list[Row], failures: list[str], seconds: float) -> int:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `decode` does last: the results of a context's splits become one, and that goes through D."""
+"""What `decode` does last: the results of a context's splits become one, and that goes through D.
+
+Where D is folded into the model's weights, one kernel does it. Else the first leaves what it combined in the place of
+the first split, and a second multiplies that: a program of the first should have few rows, so that many programs wait
+for memory at once, one of the second many, so that D is read by few.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
 from mkv_kernels.fused.tile import rank_of
 
 FEW_ROWS = 512
-"""Tokens times query heads of a KV head, up to which combining is short of programs rather than of arithmetic."""
+"""Tokens times query heads of a KV head, up to which products with D are short of programs, not of arithmetic."""
 
 
 @triton.jit
@@ -37,39 +42,70 @@ def _splits_of(stats_ptr, base, row_mask, num_splits, HEADS: tl.constexpr, ROWS:
     return tl.where(m == float("-inf"), 0.0, m), total, used
 
 
-@triton.jit
-def _combined(
+# Numbers that change from step to step must not each compile a kernel.
+@triton.jit(do_not_specialize=["num_programs"])
+def _combine_kernel(
     partial_ptr,
     stats_ptr,
-    base,
-    row_mask,
-    m,
-    total,
-    used,
-    col,
-    col_mask,
+    spans_ptr,
+    regions_ptr,
+    mean_ptr,
+    out_ptr,
+    num_programs,
     stride_partial,
-    HEADS: tl.constexpr,
+    stride_out_token,
+    GROUP_HEADS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
-    """Attended coordinates `col` of v', [ROWS, C]; 0 for rows that attended to nothing."""
+    """Attended coordinates of v' of one token, of ROWS query heads of a group and C coordinates.
+
+    They go to the output, means added, where D is folded; else to the place of the group's first split.
+    """
+    HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
+    TILES: tl.constexpr = (HEADS + ROWS - 1) // ROWS
+    group = tl.program_id(1)
+    token = (tl.program_id(0) // TILES).to(tl.int64)
+    row = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(2) * C + tl.arange(0, C)
+    row_mask = row < HEADS
+    first, num_splits = tl.load(spans_ptr + 2 * group), tl.load(spans_ptr + 2 * group + 1)
+    base = (token * num_programs + first) * HEADS + row
+    m, total, used = _splits_of(stats_ptr, base, row_mask, num_splits, HEADS, ROWS, MOST_SPLITS)
+    rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
     acc = tl.zeros([ROWS, C], dtype=tl.float32)
-    for split in range(0, used):
-        at = base + split * HEADS
-        b_m = tl.load(stats_ptr + 2 * at, mask=row_mask, other=float("-inf"))
+    for start in range(0, used, S):
+        split = start + tl.arange(0, S)
+        at = base[None, :] + (split * HEADS)[:, None]
+        b_m = tl.load(stats_ptr + 2 * at, mask=(split < used)[:, None] & row_mask[None, :], other=float("-inf"))
         # Splits that hold nothing for a row may lie uninitialised.
-        mask = (b_m > float("-inf"))[:, None] & col_mask[None, :]
-        o = tl.load(partial_ptr + (at * stride_partial)[:, None] + col[None, :], mask=mask, other=0.0)
-        acc += o * tl.exp2(b_m - m)[:, None]
-    return acc * tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
+        mask = (b_m > float("-inf"))[:, :, None] & (col < rank)[None, None, :]
+        o = tl.load(partial_ptr + (at * stride_partial)[:, :, None] + col[None, None, :], mask=mask, other=0.0)
+        acc += tl.sum(o * tl.exp2(b_m - m[None, :])[:, :, None], 0)
+    acc *= tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
+    if FOLDED:
+        mask = row_mask[:, None] & (col < D)[None, :]
+        head = group * HEADS + row
+        acc += tl.load(mean_ptr + (head // QUERY_HEADS * D)[:, None] + col[None, :], mask=mask, other=0.0)
+        to = out_ptr + token * stride_out_token + (head * D)[:, None] + col[None, :]
+        tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        # What is overwritten has been read by all threads.
+        tl.debug_barrier()
+        to = partial_ptr + (base * stride_partial)[:, None] + col[None, :]
+        tl.store(to, acc, mask=row_mask[:, None] & (col < rank)[None, :])
 
 
 # Numbers that change from step to step must not each compile a kernel.
 @triton.jit(do_not_specialize=["num_rows", "num_programs"])
-def _combine_kernel(
+def _up_kernel(
     partial_ptr,
-    stats_ptr,
     spans_ptr,
     regions_ptr,
     up_ptr,
@@ -85,52 +121,34 @@ def _combine_kernel(
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
-    S: tl.constexpr,
     D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    FOLDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o = (sum of splits) D + mean for rows (token, query head) of one KV head; without D where it is folded.
+    """o D + mean for rows (token, query head) of one KV head, and COLUMNS of the head's coordinates.
 
     Shapes: up [G, J, R, d], mean [G, J, d], out [T, H, d].
     """
-    HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
     kv_head = tl.program_id(1)
     group = kv_head // GROUP_HEADS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < num_rows
+    i_d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = (row // QUERY_HEADS).to(tl.int64), row % QUERY_HEADS
-    first, num_splits = tl.load(spans_ptr + 2 * group), tl.load(spans_ptr + 2 * group + 1)
-    base = (token * num_programs + first) * HEADS + (kv_head % GROUP_HEADS) * QUERY_HEADS + query_head
-    m, total, used = _splits_of(stats_ptr, base, row_mask, num_splits, HEADS, ROWS, S)
+    head = kv_head % GROUP_HEADS * QUERY_HEADS + query_head
+    first = tl.load(spans_ptr + 2 * group)
+    rows = partial_ptr + ((token * num_programs + first) * (GROUP_HEADS * QUERY_HEADS) + head) * stride_partial
     rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in tl.range(0, rank, C, num_stages=3):
+        col = start + tl.arange(0, C)
+        o = tl.load(rows[:, None] + col[None, :], mask=row_mask[:, None] & (col < rank)[None, :], other=0.0)
+        at = up_ptr + kv_head.to(tl.int64) * rank_max * D + col[:, None] * D + i_d[None, :]
+        b_up = tl.load(at, mask=(col < rank)[:, None] & (i_d < D)[None, :], other=0.0)  # [C, COLUMNS]
+        acc = tl.dot(o, b_up, acc, input_precision=PRECISION)
+    acc += tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
     out = out_ptr + token * stride_out_token + (kv_head * QUERY_HEADS + query_head) * D
-    if FOLDED:
-        for start in tl.static_range(0, D_PADDED, C):
-            col = start + tl.arange(0, C)
-            o = _combined(
-                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
-            )
-            o += tl.load(mean_ptr + kv_head * D + col, mask=col < D, other=0.0)[None, :]
-            tl.store(
-                out[:, None] + col[None, :], o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (col < D)[None, :]
-            )
-    else:
-        i_d = tl.arange(0, D_PADDED)
-        acc = tl.zeros([ROWS, D_PADDED], dtype=tl.float32)
-        for start in range(0, rank, C):
-            col = start + tl.arange(0, C)
-            o = _combined(
-                partial_ptr, stats_ptr, base, row_mask, m, total, used, col, col < rank, stride_partial, HEADS, ROWS, C
-            )
-            at = up_ptr + kv_head.to(tl.int64) * rank_max * D + col[:, None] * D + i_d[None, :]
-            b_up = tl.load(at, mask=(col < rank)[:, None] & (i_d < D)[None, :], other=0.0)  # [C, D]
-            acc = tl.dot(o, b_up, acc, input_precision=PRECISION)
-        acc += tl.load(mean_ptr + kv_head * D + i_d, mask=i_d < D, other=0.0)[None, :]
-        tl.store(
-            out[:, None] + i_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (i_d < D)[None, :]
-        )
+    tl.store(out[:, None] + i_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (i_d < D)[None, :])
 
 
 def combine(
@@ -139,23 +157,51 @@ def combine(
     """output = (sum of the splits' exp2(m - maximum) o) / (sum of their totals) D + mean.
 
     Shapes, P being the programs of `table.work[num_splits]`:
-        partial: o, [T, P, J M, R], and stats: m and total, [T, P, J M, 2], as `decode` leaves them; flat, float32
+        partial: o, [T, P, J M, R], and stats: m and total, [T, P, J M, 2], as `decode` leaves them; flat, float32.
+            `partial` is overwritten.
         output: [T, H, d]
     """
     work, d, J = table.work[num_splits], table.head_size, table.group_heads
-    M = output.shape[1] // (table.num_groups * J)
-    rows = output.shape[0] * M
-    tile = 16 if rows <= FEW_ROWS else 64
-    on(_combine_kernel, (triton.cdiv(rows, tile), table.num_groups * J))(
+    T, M = output.shape[0], output.shape[1] // (table.num_groups * J)
+    folded, num_programs = table.value_up is None, len(work.programs)
+    rows = min(4, power_of_two(J * M))
+    # The output has columns beyond the rank, and what is combined in place has none.
+    columns = d if folded else table.rank_v
+    chunk = min(128, power_of_two(columns))
+    on(_combine_kernel, (T * triton.cdiv(J * M, rows), table.num_groups, triton.cdiv(columns, chunk)))(
         partial,
         stats,
         work.spans,
         table.regions,
-        table.value_mean if table.value_up is None else table.value_up,
         table.value_mean,
         output,
-        rows,
-        len(work.programs),
+        num_programs,
+        table.rank_v,
+        output.stride(0),
+        GROUP_HEADS=J,
+        QUERY_HEADS=M,
+        FIELDS=SIDE_FIELDS,
+        ROWS=rows,
+        C=chunk,
+        S=8,
+        MOST_SPLITS=64,
+        D=d,
+        FOLDED=folded,
+        num_warps=4,
+    )
+    if folded:
+        return
+    few = T * M <= FEW_ROWS
+    tile, columns = (16, 32) if few else (64, min(128, power_of_two(d)))
+    on(_up_kernel, (triton.cdiv(T * M, tile), table.num_groups * J, triton.cdiv(d, columns)))(
+        partial,
+        work.spans,
+        table.regions,
+        table.value_up,
+        table.value_mean,
+        output,
+        T * M,
+        num_programs,
         table.rank_v,
         output.stride(0),
         table.rank_v,
@@ -163,11 +209,9 @@ def combine(
         QUERY_HEADS=M,
         FIELDS=SIDE_FIELDS,
         ROWS=tile,
-        C=32,
-        S=16,
+        C=64,
         D=d,
-        D_PADDED=power_of_two(d),
-        FOLDED=table.value_up is None,
+        COLUMNS=columns,
         PRECISION=launch.precision(output.dtype),
-        num_warps=4,
+        num_warps=2 if few else 4,
     )

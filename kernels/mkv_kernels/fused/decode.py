@@ -22,8 +22,6 @@ from mkv_kernels.fused.tile import attend_tokens, tier_of
 
 MAX_QUERIES = 16
 """Queries per request, speculative ones included, up to which this is the kernel to call."""
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs that hide each other's waiting for memory."""
 LEAST_TOKENS = 256
 """A split of fewer costs more to combine than it saves."""
 
@@ -73,6 +71,7 @@ def _attend_kernel(
     N: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
+    RAISED: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,6 +118,7 @@ def _attend_kernel(
         N,
         STAGES,
         PTX,
+        RAISED,
         KEY,
         VALUE,
         PRECISION,
@@ -179,8 +179,11 @@ def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_pr
             captured with the bound that it serves.
         num_processors: streaming multiprocessors of the device.
     """
-    programs_per_split = num_requests * sum(table.costs)
-    wanted = min(PROGRAMS_PER_PROCESSOR * num_processors / programs_per_split, max_seq_len / LEAST_TOKENS, MAX_SPLITS)
+    wanted = min(
+        launch.programs_per_processor(table.shapes) * num_processors / (num_requests * table.num_groups),
+        max_seq_len / LEAST_TOKENS,
+        MAX_SPLITS,
+    )
     return 1 << max(0, int(wanted).bit_length() - 1)
 
 
@@ -219,7 +222,7 @@ def decode(
         raise ValueError(f"{max_queries} queries per request; decode takes 1 to {MAX_QUERIES}, prefill any number")
     if num_splits not in table.work:
         raise ValueError(f"{num_splits} splits; take a power of two up to {MAX_SPLITS}, see choose_splits")
-    launch.check_scores(window, soft_cap)
+    launch.check_scores(scale, window, soft_cap)
     T, J, M = query.shape[0], table.group_heads, query.shape[3]
     work, num_requests = table.work[num_splits], seq_lens.shape[0]
     num_programs = len(work.programs)
@@ -232,7 +235,7 @@ def decode(
         return
     rows = max_queries * J * M
     target = launch.Target.of(_attend_kernel)
-    tiles = launch.Tiles.of_decode(table, rows, query.element_size(), target)
+    tiles = launch.Tiles.of_decode(table.shapes, rows, query.element_size(), target)
     on(_attend_kernel, (num_programs, num_requests, triton.cdiv(rows, tiles.rows)))(
         query,
         *shapes.pages,
@@ -258,8 +261,9 @@ def decode(
         N=tiles.tokens,
         STAGES=tiles.stages,
         PTX=target.unpacks_in_ptx(query.dtype),
-        KEY=table.key.constants,
-        VALUE=table.value.constants,
+        RAISED=target.raises_values(query.dtype),
+        KEY=table.shapes.key.constants,
+        VALUE=table.shapes.value.constants,
         PRECISION=launch.precision(query.dtype),
         WINDOW=window,
         SOFT_CAP=soft_cap,

@@ -11,12 +11,13 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mkv_kernels.fused.table import LayerTable, power_of_two
+from mkv_kernels.fused.table import LayerTable, Shapes, power_of_two
 from mkv_kernels.layout import ALIGNMENT
 
 LOG2_E = math.log2(math.e)
-SHARED_BYTES = 88 * 1024
-"""Of pages and queries; what the compiler adds stays below 11 KB, and 99 KB are what every GPU since 2020 has."""
+SHARED_BYTES, ROOMY_SHARED_BYTES = 88 * 1024, 160 * 1024
+"""Of pages and queries; what the compiler adds stays below 11 KB. 99 KB are what every GPU since 2020 has, 227 KB those
+of data centres since Hopper."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,18 +56,30 @@ class Target:
         target = driver.active.get_current_target()
         return cls(target.backend, int(target.arch) // 10 if target.backend == "cuda" else 0)
 
+    @property
+    def roomy(self) -> bool:
+        """Whether it has the shared memory of Hopper and of Blackwell in data centres; consumers' Blackwell has not."""
+        return self.generation in (9, 10)
+
+    @property
+    def shared_bytes(self) -> int:
+        return ROOMY_SHARED_BYTES if self.roomy else SHARED_BYTES
+
     def unpacks_in_ptx(self, dtype: torch.dtype) -> bool:
         """Where there is PTX; it computes in 16 bits."""
         return self.backend == "cuda" and dtype != torch.float32
+
+    def raises_values(self, dtype: torch.dtype) -> bool:
+        """Whether codes of values keep their excess until all are summed; float16's is too large for that."""
+        return self.unpacks_in_ptx(dtype) and dtype == torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Tiles:
     """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps.
 
-    The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`): accumulators of all
-    value columns stay in registers; from 64 rows on, Hopper's tensor cores take q' from shared memory in place of
-    registers.
+    The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`), and from times on
+    an H100: accumulators of all value columns stay in registers; four warps with 128 rows are faster than eight.
     """
 
     rows: int
@@ -75,22 +88,24 @@ class Tiles:
     warps: int
 
     @classmethod
-    def of_decode(cls, table: LayerTable, rows: int, itemsize: int, target: Target) -> Tiles:
-        if _is_coded(table):
-            return cls._of_coded(table, 16, itemsize, target)
-        columns = max(16, table.value.columns)
+    def of_decode(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
+        if shapes.coded:
+            return cls._of_coded(shapes, 16, itemsize, target)
+        columns = max(16, shapes.value.columns)
         rows = min(64, max(16, power_of_two(rows)))
-        if rows * columns > 64 * 320 or not _fits(table, rows, 64, 3, itemsize):
+        if rows * columns > 64 * 320 or not _fits(shapes, rows, 64, 3, itemsize, target):
             rows = 16
-        return cls(rows, *_tokens(table, rows, 64, itemsize), _warps(rows, columns, target))
+        # Two warps wait less for each other.
+        warps = 2 if rows == 16 and columns <= 128 and target.backend != "hip" else _warps(rows, columns, target)
+        return cls(rows, *_tokens(shapes, rows, 64, itemsize, target), warps)
 
     @classmethod
-    def of_prefill(cls, table: LayerTable, query_heads: int, itemsize: int, target: Target) -> Tiles:
+    def of_prefill(cls, shapes: Shapes, query_heads: int, itemsize: int, target: Target, *, folded: bool) -> Tiles:
         # A tile holds whole tokens.
         least = power_of_two(query_heads)
-        if _is_coded(table):
-            return cls._of_coded(table, max(16, least), itemsize, target)
-        columns = table.value.columns
+        if shapes.coded:
+            return cls._of_coded(shapes, max(16, least), itemsize, target)
+        columns = shapes.value.columns
         rows = 128 if columns <= 192 else 64 if columns <= 384 else 16
         if target.generation == 8 and columns > 192:
             # Before Hopper, every warp holds q' of all coordinates.
@@ -99,23 +114,29 @@ class Tiles:
             rows = min(rows, 64)
         rows = max(rows, least)
         warps = _warps(rows, columns, target)
-        if target.generation >= 9 and table.value.chunks[0] > 64:
+        if target.roomy and folded and rows == 128 and columns <= 128:
+            # Registers suffice as long as no product with D follows.
+            return cls(rows, *_tokens(shapes, rows, 64, itemsize, target), 4)
+        if target.generation >= 9 and shapes.value.chunks[0] > 64:
             # The product with as many rows of D leaves 4 no registers.
             warps = 8
-        return cls(rows, *_tokens(table, rows, 32, itemsize), warps)
+        return cls(rows, *_tokens(shapes, rows, 32, itemsize, target), warps)
 
     @classmethod
-    def _of_coded(cls, table: LayerTable, rows: int, itemsize: int, target: Target) -> Tiles:
+    def _of_coded(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
         # More rows would share the unpacked codes, but Hopper's products of 64 rows take them from shared memory, where
         # they would have to go first, and accumulators of 32 leave no registers. AMD's compiler spills 64 tokens; as to
         # its warps, see `_warps`.
         most_tokens, most_warps = (32, 4) if target.backend == "hip" else (64, 8)
-        warps = min(most_warps, table.coded_warps * rows // 16)
-        return cls(rows, *_tokens(table, rows, min(most_tokens, table.coded_tokens), itemsize), warps)
+        warps = min(most_warps, shapes.warps * rows // 16)
+        return cls(rows, *_tokens(shapes, rows, min(most_tokens, shapes.tokens), itemsize, target), warps)
 
 
-def _is_coded(table: LayerTable) -> bool:
-    return any(table.key.chunks[1:]) or any(table.value.chunks[1:])
+def programs_per_processor(shapes: Shapes) -> int:
+    """Programs of decode that a streaming multiprocessor has registers and shared memory for."""
+    if shapes.coded:
+        return max(1, 8 // shapes.warps)
+    return 4 if shapes.value.columns <= 128 else 2
 
 
 def _warps(rows: int, columns: int, target: Target) -> int:
@@ -123,27 +144,27 @@ def _warps(rows: int, columns: int, target: Target) -> int:
     return 4 if (rows == 16 and columns <= 560) or target.backend == "hip" else 8
 
 
-def _fits(table: LayerTable, rows: int, tokens: int, stages: int, itemsize: int) -> bool:
-    key_bytes, value_bytes = (tokens * side.loaded_bytes(itemsize) for side in (table.key, table.value))
-    queries = rows * table.key.columns * itemsize
+def _fits(shapes: Shapes, rows: int, tokens: int, stages: int, itemsize: int, target: Target) -> bool:
+    key_bytes, value_bytes = (tokens * side.loaded_bytes(itemsize) for side in (shapes.key, shapes.value))
+    queries = rows * shapes.key.columns * itemsize
     if stages == 1:
-        return max(key_bytes, value_bytes) + queries <= SHARED_BYTES
+        return max(key_bytes, value_bytes) + queries <= target.shared_bytes
     # Values of the 16-bit tier are read from shared memory while the next ones arrive there; keys, and what is to be
     # unpacked, are in registers by then.
-    value_bytes += tokens * table.value.chunks[0] * table.value.tiles[0] * itemsize
-    return key_bytes + value_bytes + queries <= SHARED_BYTES
+    value_bytes += tokens * shapes.value.chunks[0] * shapes.value.tiles[0] * itemsize
+    return key_bytes + value_bytes + queries <= target.shared_bytes
 
 
-def _tokens(table: LayerTable, rows: int, most: int, itemsize: int) -> tuple[int, int]:
+def _tokens(shapes: Shapes, rows: int, most: int, itemsize: int, target: Target) -> tuple[int, int]:
     """Tokens of a tile and stages of their loads: as many tokens as fit while the next ones arrive, or 32, or 16.
 
     Triton takes 3 stages for pages that are found through a block table: that is looked up two tiles ahead, what it
     says is copied one ahead.
     """
     sizes = [(tokens, 3) for tokens in (64, 32, 16) if tokens <= most]
-    if _is_coded(table):
+    if shapes.coded:
         sizes[-1] = (32, 1)
-    return next((size for size in sizes if _fits(table, rows, *size, itemsize)), (16, 1))
+    return next((size for size in sizes if _fits(shapes, rows, *size, itemsize, target)), (16, 1))
 
 
 def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
@@ -204,7 +225,32 @@ def check_attention(
     return check_cache(cache, table)
 
 
-def check_scores(window: int, soft_cap: float) -> None:
+def check_expansion(
+    cache: torch.Tensor,
+    table: LayerTable,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    expanded: torch.Tensor,
+    expanded_layer: LayerTable,
+    expanded_table: torch.Tensor,
+) -> tuple[Pages, Pages]:
+    """Raises ValueError unless the arguments of `expand` fit each other; the pages of both."""
+    check_dtypes({"the cache": cache, "the expanded pages": expanded})
+    B, integers = seq_lens.shape[0], {"block_table": block_table, "expanded_table": expanded_table}
+    for name, tensor in {**integers, "seq_lens": seq_lens}.items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; it should be dense int32")
+    for name, tensor in integers.items():
+        if tensor.shape[0] != B:
+            raise ValueError(f"{B} sequence lengths, and {tensor.shape[0]} rows of {name}; there must be one of each")
+    tensors = {"the cache": cache, "the expanded pages": expanded, "seq_lens": seq_lens, **integers}
+    check_devices(tensors, table)
+    return check_cache(cache, table), check_cache(expanded, expanded_layer)
+
+
+def check_scores(scale: float, window: int, soft_cap: float) -> None:
+    if scale <= 0:
+        raise ValueError(f"a scale of {scale}; scores are multiplied by one above 0")
     if window < 0 or soft_cap < 0:
         raise ValueError(f"a window of {window} and a soft-cap of {soft_cap}; pass 0 for none")
 

@@ -85,6 +85,7 @@ def _prefill_kernel(
     N: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
+    RAISED: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     D: tl.constexpr,
@@ -128,6 +129,7 @@ def _prefill_kernel(
             N,
             STAGES,
             PTX,
+            RAISED,
             KEY,
             VALUE,
             PRECISION,
@@ -212,51 +214,54 @@ def prefill(
         output: [T, H, d]; rows of tokens that belong to no request are left as they are
     """
     pages = launch.check_attention(query, cache, table, block_table, seq_lens, query_start_loc, output)
-    launch.check_scores(window, soft_cap)
+    launch.check_scores(scale, window, soft_cap)
     T, M, d = query.shape[0], query.shape[3], table.head_size
     num_requests = seq_lens.shape[0]
     if num_requests == 0 or T == 0:
         return
     target = launch.Target.of(_prefill_kernel)
-    tiles = launch.Tiles.of_prefill(table, M, query.element_size(), target)
-    queries = tiles.rows // M
     folded = table.value_up is None
-    on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
-        query,
-        *pages.pages,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        table.work[1].programs,
-        table.regions,
-        table.value_mean if folded else table.value_up,
-        table.value_mean,
-        output,
-        num_requests,
-        query.stride(0),
-        query.stride(1),
-        query.stride(3),
-        *pages.strides,
-        block_table.stride(0),
-        output.stride(0),
-        table.rank_v,
-        scale * launch.LOG2_E,
-        BLOCK_SIZE=table.layout.block_size,
-        GROUP_HEADS=table.group_heads,
-        QUERY_HEADS=M,
-        FIELDS=SIDE_FIELDS,
-        QUERIES=queries,
-        M=tiles.rows,
-        N=tiles.tokens,
-        STAGES=tiles.stages,
-        PTX=target.unpacks_in_ptx(query.dtype),
-        KEY=table.key.constants,
-        VALUE=table.value.constants,
-        D=d,
-        D_PADDED=power_of_two(d),
-        FOLDED=folded,
-        PRECISION=launch.precision(query.dtype),
-        WINDOW=window,
-        SOFT_CAP=soft_cap,
-        num_warps=tiles.warps,
-    )
+    for alike in table.classes:
+        shapes = alike.shapes
+        tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)
+        queries = tiles.rows // M
+        on(_prefill_kernel, (T // queries + num_requests, len(alike.programs) * table.group_heads))(
+            query,
+            *pages.pages,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            alike.programs,
+            table.regions,
+            table.value_mean if folded else table.value_up,
+            table.value_mean,
+            output,
+            num_requests,
+            query.stride(0),
+            query.stride(1),
+            query.stride(3),
+            *pages.strides,
+            block_table.stride(0),
+            output.stride(0),
+            table.rank_v,
+            scale * launch.LOG2_E,
+            BLOCK_SIZE=table.layout.block_size,
+            GROUP_HEADS=table.group_heads,
+            QUERY_HEADS=M,
+            FIELDS=SIDE_FIELDS,
+            QUERIES=queries,
+            M=tiles.rows,
+            N=tiles.tokens,
+            STAGES=tiles.stages,
+            PTX=target.unpacks_in_ptx(query.dtype),
+            RAISED=target.raises_values(query.dtype),
+            KEY=shapes.key.constants,
+            VALUE=shapes.value.constants,
+            D=d,
+            D_PADDED=power_of_two(d),
+            FOLDED=folded,
+            PRECISION=launch.precision(query.dtype),
+            WINDOW=window,
+            SOFT_CAP=soft_cap,
+            num_warps=tiles.warps,
+        )

@@ -302,7 +302,7 @@ class StoreWorkspace:
     @staticmethod
     def sizes(table: LayerTable, num_tokens: int) -> tuple[int, int]:
         """Numbers that `scratch` and `counters` hold for at most so many tokens."""
-        coded = any(table.key.chunks[1:]) or any(table.value.chunks[1:])
+        coded = table.shapes.coded
         rows = 2 * table.num_groups * num_tokens
         return (rows * max(table.rank_k, table.rank_v), rows) if coded else (0, 0)
 
@@ -381,8 +381,8 @@ def project_and_store(
         QUERY_HEADS=M,
         D=d,
         FIELDS=SIDE_FIELDS,
-        KEY=table.key.constants,
-        VALUE=table.value.constants,
+        KEY=(table.shapes.key.chunks,),
+        VALUE=(table.shapes.value.chunks,),
         STEPS=(1.0, *STEPS.values()),
         FOLDED=table.value_down is None,
         ROWS=rows,

@@ -14,13 +14,14 @@ offset is -1 where it has none at all.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.layout import WIDTHS, PageLayout, SideLayout, check_block_size, side_bytes
+from mkv_kernels.layout import WIDTHS, GroupLayout, PageLayout, SideLayout, check_block_size, side_bytes
 
 SIDE_FIELDS = 9
 TIERS = WIDTHS[:-1]
@@ -33,9 +34,10 @@ tokens are enough for every thread to load 16 bytes, and heads are not large, fo
 """
 LOADED_WORDS = (16, 32)
 """Words of a coded tier per token that are loaded at once: the more where padding does not grow by it."""
-LEAST_COST = 0.25
-"""What a token of a group without any bytes costs a decode program, against one of the group with most bytes: products
-with keys are padded to the layer's largest ranks, and the softmax is everybody's."""
+MOST_CLASSES = 4
+"""Launches that prefill is split into, each with the sizes of its own groups."""
+CLASS_STEP = 64
+"""Coordinates of the 16-bit tier that groups of a class may differ by."""
 QUERY, KEY, VALUE = 0, 1, 2
 """What an item of the store's work projects."""
 
@@ -48,10 +50,12 @@ class SideShape:
 
     chunks: coordinates (16 bits) or words (others) that are loaded at once; 0 where no group has the tier.
     tiles: chunks that hold the tier of every group, rounded up to few values so that few kernels are compiled.
+    certain: tiles of which every group has something.
     """
 
     chunks: tuple[int, int, int, int]
     tiles: tuple[int, int, int, int]
+    certain: tuple[int, int, int, int]
 
     @property
     def columns(self) -> int:
@@ -66,23 +70,25 @@ class SideShape:
     @property
     def constants(self) -> tuple[tuple[int, ...], ...]:
         """As the kernels take them."""
-        return (self.chunks, self.tiles)
+        return (self.chunks, self.tiles, self.certain)
 
     @classmethod
     def of(cls, sides: list[SideLayout], head_size: int, words: int = 16) -> SideShape:
         """`words` are the fewest of a coded tier to load at once: 16 where a product sums over them."""
         shapes = []
         for tier, width in enumerate(TIERS):
-            most = max((tier_sizes(side)[tier] for side in sides), default=0)
+            sizes = [tier_sizes(side)[tier] for side in sides]
+            most = max(sizes, default=0)
             longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_WORDS[most > 48]
             least = 16 if width == 16 else words
             chunk = max(least, min(longest, power_of_two(most)))
             if width < 16:
                 smaller = [c for c in (8, 16, 32) if least <= c < chunk and most <= c * _STEPS[-1]]
                 chunk = min([chunk, *smaller], key=lambda c: (c * _tiles(most, c), -c))
-            shapes.append((chunk, _tiles(most, chunk)) if most else (0, 0))
-        chunks, tiles = zip(*shapes, strict=True)
-        return cls(chunks, tiles)
+            # All or none: kernels that differ in more would be many.
+            tiles = _tiles(most, chunk) if most else 0
+            shapes.append((chunk, tiles, tiles if -(-min(sizes) // chunk) == tiles else 0) if most else (0, 0, 0))
+        return cls(*zip(*shapes, strict=True))
 
 
 def _tiles(most: int, chunk: int) -> int:
@@ -96,19 +102,46 @@ up to which these are taken. Warps share the columns, 8 words at least each, and
 in registers: where there are few columns, more warps would unpack what others do."""
 
 
-def _coded_tiles(values: list[SideLayout], head_size: int) -> tuple[SideShape, int, int]:
-    """Of `CODED_TILES` the first with room for the values: their shape, and warps and tokens of a program."""
-    shapes = [(SideShape.of(values, head_size, words), rest) for words, *rest in CODED_TILES]
-    return next((shape, warps, tokens) for shape, (warps, tokens, columns) in shapes if shape.columns <= columns)
+@dataclass(frozen=True)
+class Shapes:
+    """What is compiled into a kernel for some groups; where there are codes, warps and tokens too: `CODED_TILES`."""
+
+    key: SideShape
+    value: SideShape
+    warps: int
+    tokens: int
+
+    @property
+    def coded(self) -> bool:
+        return any(self.key.chunks[1:]) or any(self.value.chunks[1:])
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupLayout], head_size: int) -> Shapes:
+        key = SideShape.of([group.key for group in groups], head_size)
+        values = [group.value for group in groups]
+        for words, warps, tokens, columns in CODED_TILES:
+            value = SideShape.of(values, head_size, words)
+            if value.columns <= columns:
+                return cls(key, value, warps, tokens)
+        raise AssertionError("the last of CODED_TILES has room for all")
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """Groups whose shapes are alike; `programs` as in `Work`, with one split."""
+
+    shapes: Shapes
+    programs: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Work:
-    """Programs of a decode launch that cuts the context of the largest group into `splits` parts.
+    """Programs of a decode launch that cuts every group's context into as many parts.
 
-    A group with half the bytes per token gets half as many splits, each of twice as many tokens, so that all programs
-    take about as long (see `LEAST_COST`); the groups with most bytes come first, so that what is left to wait for at
-    the end is small.
+    Whatever its rank, a group's program has as many tokens as any other's. One of few bytes per token waits less for
+    memory, but executes as much; with splits in proportion to bytes, it was the longest (2 parts where others had 4: a
+    launch took 1.3 to 1.6 times as long on an H100). Many programs share a multiprocessor, so that the bytes of all
+    even out; the groups with most come first, so that what is left to wait for at the end is small.
 
     Shapes:
         programs: [P, 4] int32: group, its split, its number of splits, the group's first program
@@ -123,8 +156,6 @@ class Work:
 class LayerTable:
     """Built once per layer from its bases.
 
-    `coded_warps` and `coded_tokens` are those of a program where there are codes, see `CODED_TILES`.
-
     Shapes, with R the largest rank of the side in this layer; beyond a group's own rank there are zeros:
         regions:     [G, 2 * SIDE_FIELDS] int32
         key_down:    [G, Rk, n]    float32, as all bases; see `bases.RunBases`. What a product sums over is the last
@@ -137,15 +168,13 @@ class LayerTable:
         value_mean:  [G, J, d]
         items:       per number of columns, [I, 6] int32: the store's work, see `_items`
         work:        per number of splits, the decode's
+        classes:     prefill's launches
     """
 
     layout: PageLayout
     head_size: int
     group_heads: int
-    key: SideShape
-    value: SideShape
-    coded_warps: int
-    coded_tokens: int
+    shapes: Shapes
     regions: torch.Tensor
     key_down: torch.Tensor
     key_shift: torch.Tensor
@@ -156,6 +185,7 @@ class LayerTable:
     value_mean: torch.Tensor
     items: dict[int, torch.Tensor]
     work: dict[int, Work]
+    classes: tuple[ShapeClass, ...]
 
     @classmethod
     def build(cls, bases: LayerBases) -> LayerTable:
@@ -169,18 +199,12 @@ class LayerTable:
         def padded(name: str, dim: int, size: int) -> torch.Tensor:
             return _by_group(runs, name, len(groups), dim, size)
 
-        rows = [_side_row(group.key, layout) + _side_row(group.value, layout) for group in groups]
-        values = [group.value for group in groups]
-        value, coded_warps, coded_tokens = _coded_tiles(values, bases.head_size)
         return cls(
             layout=layout,
             head_size=bases.head_size,
             group_heads=bases.group_heads,
-            key=SideShape.of([group.key for group in groups], bases.head_size),
-            value=value,
-            coded_warps=coded_warps,
-            coded_tokens=coded_tokens,
-            regions=torch.tensor(rows, dtype=torch.int32, device=device),
+            shapes=Shapes.of(groups, bases.head_size),
+            regions=regions_of(layout, device),
             key_down=padded("key_down", -1, rank_k).mT.contiguous(),
             key_shift=padded("key_shift", -1, rank_k),
             query_up=padded("query_up", -1, rank_k).mT.contiguous(),
@@ -190,6 +214,7 @@ class LayerTable:
             value_mean=padded("value_mean", -1, runs[0].value_mean.shape[-1]),
             items={columns: _items(layout, bases.group_heads, columns).to(device) for columns in ITEM_COLUMNS},
             work=_work(layout, device),
+            classes=shape_classes(layout, bases.head_size, device),
         )
 
     @property
@@ -205,11 +230,6 @@ class LayerTable:
     def rank_v(self) -> int:
         return self.value_shift.shape[-1]
 
-    @cached_property
-    def costs(self) -> tuple[float, ...]:
-        """Of a token in every group, against one of the group with most bytes."""
-        return _costs(self.layout)
-
 
 def power_of_two(count: int) -> int:
     """The least one that is not below `count`."""
@@ -220,6 +240,12 @@ def tier_sizes(side: SideLayout) -> tuple[int, ...]:
     """Coordinates of the 16-bit tier, then words per token of the others."""
     counts = {region.width: region.size for region in side.regions}
     return tuple(counts.get(width, 0) * width // 16 for width in TIERS)
+
+
+def regions_of(layout: PageLayout, device: torch.device) -> torch.Tensor:
+    """[G, 2 * SIDE_FIELDS] int32."""
+    rows = [_side_row(group.key, layout) + _side_row(group.value, layout) for group in layout.groups]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def _side_row(side: SideLayout, layout: PageLayout) -> list[int]:
@@ -240,11 +266,6 @@ def _by_group(runs: tuple[RunBases, ...], name: str, num_groups: int, dim: int, 
         groups = slice(None) if run.groups is None else run.groups
         whole.narrow(dim, 0, part.shape[dim])[groups] = part
     return whole
-
-
-def _costs(layout: PageLayout) -> tuple[float, ...]:
-    sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
-    return tuple(max(LEAST_COST, size / max([1, *sizes])) for size in sizes)
 
 
 def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
@@ -268,15 +289,45 @@ def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
 
 
 def _work(layout: PageLayout, device: torch.device) -> dict[int, Work]:
-    costs, work, splits = _costs(layout), {}, 1
-    heavy_first = sorted(range(len(costs)), key=lambda group: -costs[group])
+    work, splits = {}, 1
+    sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
+    heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
     while splits <= MAX_SPLITS:
-        programs: list[tuple[int, int, int, int]] = []
-        spans = [(0, 0)] * len(costs)
-        for group in heavy_first:
-            count = max(1, round(splits * costs[group]))
-            spans[group] = (len(programs), count)
-            programs += [(group, split, count, spans[group][0]) for split in range(count)]
+        programs = [
+            (group, split, splits, place * splits) for place, group in enumerate(heavy_first) for split in range(splits)
+        ]
+        spans = [(heavy_first.index(group) * splits, splits) for group in range(len(sizes))]
         work[splits] = Work(*(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (programs, spans)))
         splits *= 2
     return work
+
+
+def shape_classes(layout: PageLayout, head_size: int, device: torch.device) -> tuple[ShapeClass, ...]:
+    """Groups with about as many coordinates of 16 bits, together; all of them where there are codes.
+
+    Where that makes too many classes, those are merged that differ least.
+    """
+    members: dict[tuple[int, int], list[GroupLayout]] = {}
+    coded = any(side.coded for group in layout.groups for side in (group.key, group.value))
+    for group in layout.groups:
+        steps = (0, 0) if coded else (-(-group.key.exact // CLASS_STEP), -(-group.value.exact // CLASS_STEP))
+        members.setdefault(steps, []).append(group)
+    while len(members) > MOST_CLASSES:
+        pairs = itertools.combinations(sorted(members), 2)
+        one, other = min(pairs, key=lambda pair: _added(members, *pair))
+        both = members.pop(one) + members.pop(other)
+        members.setdefault((max(one[0], other[0]), max(one[1], other[1])), []).extend(both)
+    return tuple(
+        ShapeClass(
+            Shapes.of(members[steps], head_size),
+            torch.tensor([(group.group, 0, 1, 0) for group in members[steps]], dtype=torch.int32, device=device),
+        )
+        # What takes longest comes first.
+        for steps in sorted(members, key=lambda steps: -sum(steps))
+    )
+
+
+def _added(members: dict[tuple[int, int], list[GroupLayout]], one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Steps that products of two classes' groups have more if they become one class."""
+    whole = max(one[0], other[0]) + max(one[1], other[1])
+    return sum(len(members[steps]) * (whole - sum(steps)) for steps in (one, other))

@@ -23,6 +23,9 @@ import triton.language as tl
 from mkv_kernels.fused.unpack import excess_of, scale_values, unpacked
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+ALIKE = tl.constexpr(128.0)
+"""Codes with their excess are about as large in bfloat16. Tensor cores round sums of theirs towards zero, which many
+tokens would show; they do as much to what is subtracted if that is summed in the same way."""
 
 
 @triton.jit
@@ -65,9 +68,9 @@ def load_scales(page, slot, region):
 
 
 @triton.jit
-def scales_of(fours, n):
-    """[N] float32, from what `load_scales` loads."""
-    return scale_values(fours >> n % 4 * 8)
+def scales_of(fours, N: tl.constexpr):
+    """[N] float32, from what `load_scales` loads of N tokens from a multiple of four on."""
+    return scale_values(fours >> tl.arange(0, N) % 4 * 8)
 
 
 @triton.jit
@@ -122,12 +125,14 @@ def load_tile(
         rows = places[0] + offset + places[1] * size
         step = 1
     else:
-        rows = places[2] + offset
+        # What is added to all tokens' addresses alike goes to the columns': then tiles share the addresses.
+        rows = places[2]
         step = BLOCK_SIZE
+    begin = 0 if TIER == 0 else offset
     if TRANSPOSED:
-        tile = tl.load(rows[None, :] + (col * step)[:, None], mask=(col < size)[:, None], other=0)
+        tile = tl.load(rows[None, :] + (begin + col * step)[:, None], mask=(col < size)[:, None], other=0)
     else:
-        tile = tl.load(rows[:, None] + (col * step)[None, :], mask=(col < size)[None, :], other=0)
+        tile = tl.load(rows[:, None] + (begin + col * step)[None, :], mask=(col < size)[None, :], other=0)
     return tile
 
 
@@ -152,6 +157,33 @@ def no_values(M: tl.constexpr, VALUE: tl.constexpr):
                 # In triton 3.6 an element of a constexpr tuple is no constexpr; a sum with one is.
                 acc = acc + (tl.zeros([M, 0 + VALUE[0][tier]], dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return acc
+
+
+@triton.jit
+def product(
+    p, p_scaled, values, acc, TIER: tl.constexpr, PART: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+    RAISED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + p v' of one part of a tile of values, with the excess of RAISED codes."""
+    if TIER == 0:
+        acc = tl.dot(p, values, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(p_scaled, unpacked(values, PART, 16 >> TIER, DTYPE, PTX, RAISED), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def without_excess(acc, p_total, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """Accumulators of RAISED codes, less the codes' excess times the probabilities' total, [M], with their scales."""
+    exact = ()
+    for tier in tl.static_range(4):
+        for _ in tl.static_range(0 + VALUE[1][tier]):
+            for part in tl.static_range(1 << tier):
+                o = acc[len(exact)]
+                if tier > 0:
+                    o -= p_total[:, None] * excess_of(16 >> tier, part, DTYPE)
+                exact = exact + (o,)  # type: ignore[assignment]  # noqa: RUF005
+    return exact
 
 
 @triton.jit
@@ -180,6 +212,7 @@ def attend_tokens(
     N: tl.constexpr,
     STAGES: tl.constexpr,
     PTX: tl.constexpr,
+    RAISED: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,7 +232,7 @@ def attend_tokens(
         first, last: tokens of the request, [first, last), the first a multiple of 16.
         pages, strides: the cache and its block stride as elements of the model's dtype and as words.
         block_table: pointer to the request's row.
-        PTX: see `unpack`.
+        PTX, RAISED: see `unpack`; RAISED that values keep their excess until the end.
         KEY, VALUE: chunks and tiles of `table.SideShape`.
         WINDOW: tokens that a row sees, the last included; 0 for all up to the last.
         SOFT_CAP: see `capped`; 0 for none.
@@ -207,13 +240,20 @@ def attend_tokens(
     DTYPE: tl.constexpr = pages[0].dtype.element_ty
     CODED_K: tl.constexpr = KEY[0][1] + KEY[0][2] + KEY[0][3] > 0
     CODED_V: tl.constexpr = VALUE[0][1] + VALUE[0][2] + VALUE[0][3] > 0
+    # Scores are scaled where they are subtracted from, in one instruction.
+    factor = 1.0 if SOFT_CAP > 0 else qk_scale
     queries = load_queries(query, row_mask, region_k, KEY)
     above = excess_scores(queries, M, KEY, DTYPE)
     m = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc = no_values(M, VALUE)
+    # What every token would add to a column whose codes were all alike, [M, 8] of equal columns.
+    alike = tl.zeros([M, 8], dtype=tl.float32)
     first = tl.multiple_of(first, 16)
     row_end = tl.minimum(row_last, last - 1)
+    # Every row sees all tiles that end before this, but for a window. Rows that are none may see what they like.
+    all_see = tl.min(tl.where(row_mask, row_end + 1, last), 0)
+    newest = tl.max(row_last, 0)
     last_page = (last - 1) // BLOCK_SIZE
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
@@ -240,19 +280,23 @@ def attend_tokens(
                     b_q = b_q[1:]
         s = exact
         if CODED_K:
-            s += coded * scales_of(scales_k, n)[None, :]
-        seen = n[None, :] <= row_end[:, None]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
-        s *= qk_scale
+            s += coded * scales_of(scales_k, N)[None, :]
         if SOFT_CAP > 0:
-            s = capped(s, SOFT_CAP)
-        s = tl.where(seen, s, float("-inf"))
+            s = capped(s * qk_scale, SOFT_CAP)
+        # On Hopper, products of many rows wait for the branch for longer than the masks take.
+        whole = (start + N <= all_see) & (M < 64)
+        if WINDOW > 0:
+            whole = whole & (start > newest - WINDOW)
+        if not whole:
+            seen = n[None, :] <= row_end[:, None]
+            if WINDOW > 0:
+                seen = seen & (n[None, :] > row_last[:, None] - WINDOW)
+            s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen nothing yet would subtract infinity from infinity.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - base[:, None])
-        alpha = tl.exp2(m - base)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new * factor)
+        p = tl.exp2(s * factor - base[:, None])
+        alpha = tl.exp2(m * factor - base)
         total = total * alpha + tl.sum(p, 1)
         m = m_new
 
@@ -263,21 +307,28 @@ def attend_tokens(
         b_p_scaled = b_p
         if CODED_V:
             # Behind the last token a scale may be anything, and 0 times it not 0.
-            b_p_scaled = (p * tl.where(n < last, scales_of(scales_v, n), 0.0)[None, :]).to(DTYPE)
+            b_p_scaled = (p * tl.where(n < last, scales_of(scales_v, N), 0.0)[None, :]).to(DTYPE)
+            if RAISED:
+                ones = tl.full([N, 8], ALIKE, dtype=DTYPE)
+                alike = tl.dot(b_p_scaled, ones, alike * alpha[:, None], input_precision=PRECISION)
         added = ()
         for tier in tl.static_range(4):
             for tile in tl.static_range(0 + VALUE[1][tier]):
                 used = tile * VALUE[0][tier] < tl.load(region_v + 2 * tier + 1)
                 for part in tl.static_range(1 << tier):
                     o = acc[len(added)]
-                    if used:
-                        o *= alpha[:, None]
-                        if tier == 0:
-                            o = tl.dot(b_p, values[0], o, input_precision=PRECISION)
-                        else:
-                            b_odd_v = unpacked(values[0], part, 16 >> tier, DTYPE, PTX, False)
-                            o = tl.dot(b_p_scaled, b_odd_v, o, input_precision=PRECISION)
+                    # The same twice: what all groups have needs no branch. (Many rows are faster with it.)
+                    if (tile < VALUE[2][tier]) & (M < 64):  # noqa: SIM114
+                        o = product(
+                            b_p, b_p_scaled, values[0], o * alpha[:, None], tier, part, DTYPE, PTX, RAISED, PRECISION
+                        )
+                    elif used:
+                        o = product(
+                            b_p, b_p_scaled, values[0], o * alpha[:, None], tier, part, DTYPE, PTX, RAISED, PRECISION
+                        )
                     added = added + (o,)  # type: ignore[assignment]  # noqa: RUF005
                 values = values[1:]
         acc = added
-    return m, total, acc
+    if CODED_V and RAISED:
+        acc = without_excess(acc, tl.max(alike, 1) / ALIKE, VALUE, DTYPE)
+    return m * factor, total, acc
