@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 
 from mkv_kernels.bases import LayerBases
 from mkv_kernels.fused.decode import DecodeWorkspace, decode
+from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import prefill
 from mkv_kernels.fused.store import FEW_TOKENS, StoreWorkspace, project_and_store
 from mkv_kernels.fused.table import LayerTable
@@ -202,9 +204,19 @@ def launcher(case: Case, launch: str) -> Callable[[], None]:
         torch.arange(0, T + 1, queries, dtype=torch.int32),
     )
     if launch == "prefill":
-        return lambda: prefill(
-            projected, cache, table, *step, 0.1, output, window=case.window, soft_cap=case.soft_cap
-        )  # fmt: skip
+        scores: dict[str, Any] = {"window": case.window, "soft_cap": case.soft_cap}
+
+        def run() -> None:
+            prefill(projected, cache, table, *step, 0.1, output, **scores)
+            expansion = None if case.window else Expansion.of(table)
+            if expansion is not None:
+                numbers = expansion.numbers_per_block() // case.block_size
+                expanded = torch.zeros(4, 1, case.block_size, numbers, dtype=case.dtype)
+                expand(cache, table, expansion, *step[:2], expanded, step[0], max_seq_len=128)
+                own = torch.zeros(T, G * J, 1, M, d, dtype=case.dtype) if expansion.own_queries else projected
+                prefill(own, expanded, expansion.table, *step, 0.1, output, **scores)
+
+        return run
     workspace = DecodeWorkspace.make(table, T, G * J * M, 4)
     return lambda: decode(
         projected, cache, table, *step, 0.1, output, workspace, max_queries=queries, num_splits=4,

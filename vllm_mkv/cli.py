@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -219,6 +220,12 @@ def _add_bench(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seed", type=int, default=0, help="of prompts and random bases (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="to compute in")
     add("--eager", action="store_true", help="without compilation and CUDA graphs, as always on the CPU")
+    add(
+        "--compilation-config",
+        type=json.loads,
+        metavar="JSON",
+        help='of vLLM; on GPUs, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} starts in seconds',
+    )
     add("--one-at-a-time", action="store_true", help="no two engines side by side, as always on GPUs")
     add("--mkv-kernels", choices=("auto", "triton", "numba", "torch"), default="auto", help="(default: %(default)s)")
     add("--json", metavar="FILE.json", help="write the figures")

@@ -60,7 +60,8 @@ def measure_layer(session: Session, kind: str, setting: Setting, spec: Spec, sha
     def work(row: Row) -> None:
         requests = Requests.make(shape, setting)
         cache = layer.filled_cache(shape.num_blocks(setting.block_size))
-        query = layer.new_queries(shape.num_tokens)
+        queries = layer.model_queries(shape.num_tokens) if kind == "prefill" else None
+        query = layer.new_queries(shape.num_tokens) if queries is None else queries.projected
         if not session.on_cuda:
             plain = twin_attention(layer, requests, query, cache)
             row.errors = check_attention(layer, requests, query, cache, plain)
@@ -70,9 +71,11 @@ def measure_layer(session: Session, kind: str, setting: Setting, spec: Spec, sha
             processors = torch.cuda.get_device_properties(setting.device).multi_processor_count
             launch = launchers.decode(layer, shape, requests, query, cache, processors)
         else:
-            launch = launchers.prefill(layer, shape, requests, query, cache)
+            assert queries is not None
+            launch = launchers.prefill(layer, shape, requests, queries, cache)
         launch.run()
-        row.errors = check_attention(layer, requests, query, cache, launch.output)
+        exact = queries.exact if queries is not None and layer.group_heads > 1 else None
+        row.errors = check_attention(layer, requests, query, cache, launch.output, exact)
         if not row.errors.passed:
             raise CheckFailed(f"beyond twice the twin's error: {row.errors}")
         session.time(row, launch.run)

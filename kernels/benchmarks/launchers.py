@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.layer import Layer, Requests, Shape
+from benchmarks.layer import Layer, Queries, Requests, Shape
 from mkv_kernels.fused.table import LayerTable
 
 AttentionArguments = tuple[
@@ -36,12 +36,39 @@ def decode(
     return Launch(lambda: decode(*arguments, workspace, max_queries=shape.queries, num_splits=num_splits), output)
 
 
-def prefill(layer: Layer, shape: Shape, requests: Requests, query: torch.Tensor, cache: torch.Tensor) -> Launch:
+def prefill(
+    layer: Layer, shape: Shape, requests: Requests, queries: Queries, cache: torch.Tensor, *, expands: bool = True
+) -> Launch:
+    """As the backend launches it: pages are expanded first where that is faster; never without `expands`."""
+    from mkv_kernels.fused.expand import Expansion, expand
     from mkv_kernels.fused.prefill import prefill
 
     output = layer.new_output(shape.num_tokens)
-    arguments = _attention_arguments(layer, requests, query, cache, output)
-    return Launch(lambda: prefill(*arguments), output)
+    expansion = Expansion.of(layer.table) if expands else None
+    if expansion is None:
+        arguments = _attention_arguments(layer, requests, queries.projected, cache, output)
+        return Launch(lambda: prefill(*arguments), output)
+    block_size = layer.layout.block_size
+    numbers = expansion.numbers_per_block() // block_size
+    expanded = torch.full_like(cache[..., :1], float("nan")).expand(-1, -1, -1, numbers).contiguous()
+    table = torch.arange(len(cache), dtype=torch.int32, device=cache.device).view(shape.batch, -1)
+    lengths, starts = requests.seq_lens, requests.query_start_loc
+    query = queries.own if expansion.own_queries else queries.projected
+
+    def run() -> None:
+        expand(
+            cache,
+            layer.table,
+            expansion,
+            requests.block_table,
+            lengths,
+            expanded,
+            table,
+            max_seq_len=shape.context,
+        )
+        prefill(query, expanded, expansion.table, table, lengths, starts, layer.setting.scale, output)
+
+    return Launch(run, output)
 
 
 def _attention_arguments(

@@ -75,6 +75,15 @@ class Requests:
         )
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Shapes: own [T, H, 1, M, d], projected q' [T, G, J, M, R], and that in float32."""
+
+    own: torch.Tensor
+    projected: torch.Tensor
+    exact: torch.Tensor
+
+
 class Layer:
     def __init__(self, setting: Setting, spec: Spec) -> None:
         geometry, J = setting.geometry, spec.group_heads
@@ -141,6 +150,15 @@ class Layer:
         shape = (num_tokens, self.num_groups, self.group_heads, self.query_heads, R)
         query = torch.empty(shape, dtype=setting.dtype, device=setting.device).normal_(generator=setting.generator())
         return query.mul_(size.to(setting.device, setting.dtype))
+
+    def model_queries(self, num_tokens: int) -> Queries:
+        """A model's own, and what the store makes of them."""
+        setting, geometry = self.setting, self.setting.geometry
+        shape = (num_tokens, geometry.kv_heads, 1, self.query_heads, geometry.head_size)
+        own = torch.empty(shape, dtype=setting.dtype, device=setting.device).normal_(generator=setting.generator())
+        grouped = own.view(num_tokens, self.num_groups, self.group_heads, *shape[3:])
+        exact = torch.einsum("tgjmd,gjrd->tgjmr", grouped.float(), self.table.query_up)
+        return Queries(own, exact.to(setting.dtype), exact)
 
     def new_output(self, num_tokens: int) -> torch.Tensor:
         shape = (num_tokens, self.num_heads, self.setting.geometry.head_size)

@@ -75,10 +75,16 @@ def twin_attention(layer: Layer, requests: Requests, query: torch.Tensor, cache:
 
 
 def check_attention(
-    layer: Layer, requests: Requests, query: torch.Tensor, cache: torch.Tensor, found: torch.Tensor
+    layer: Layer,
+    requests: Requests,
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    found: torch.Tensor,
+    exact_query: torch.Tensor | None = None,
 ) -> Errors:
+    """`exact_query` is q' in float32, where the kernel is not given the rounded one."""
     plain = twin_attention(layer, requests, query, cache)
-    exact = twin_attention(layer, requests, query.float(), cache)
+    exact = twin_attention(layer, requests, query.float() if exact_query is None else exact_query, cache)
     worth = output_worth(layer)
     return compare([(found * worth, plain * worth, exact * worth)], torch.finfo(query.dtype).eps)
 

@@ -39,6 +39,7 @@ def import_interpreted() -> None:
         import triton.experimental.gluon  # noqa: F401
 
         import mkv_kernels.fused.decode
+        import mkv_kernels.fused.expand
         import mkv_kernels.fused.prefill
         import mkv_kernels.fused.store  # noqa: F401
     finally:

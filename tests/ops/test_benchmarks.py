@@ -50,18 +50,20 @@ def test_attention_checks_pass_at_tiny_shapes(spec, folded):
     layer = make_layer(spec, folded)
     for shape in (Shape(2, 50), Shape(2, 33, 20)):
         requests = Requests.make(shape, layer.setting)
-        cache, query = layer.filled_cache(shape.num_blocks(16)), layer.new_queries(shape.num_tokens)
+        cache, query, exact = layer.filled_cache(shape.num_blocks(16)), layer.new_queries(shape.num_tokens), None
         if shape.queries == 1:
             launch = launchers.decode(layer, shape, requests, query, cache, num_processors=8)
         else:
-            launch = launchers.prefill(layer, shape, requests, query, cache)
+            queries = layer.model_queries(shape.num_tokens)
+            query, exact = queries.projected, queries.exact
+            launch = launchers.prefill(layer, shape, requests, queries, cache)
         launch.run()
-        errors = verify.check_attention(layer, requests, query, cache, launch.output)
+        errors = verify.check_attention(layer, requests, query, cache, launch.output, exact)
         assert errors.passed and 0 < errors.mean < errors.largest < 1, errors
         launch.output[-1, -1, 0] += 0.5 * launch.output.abs().max()
-        assert not verify.check_attention(layer, requests, query, cache, launch.output).passed
+        assert not verify.check_attention(layer, requests, query, cache, launch.output, exact).passed
         launch.output[0, 0, 0] = float("nan")
-        errors = verify.check_attention(layer, requests, query, cache, launch.output)
+        errors = verify.check_attention(layer, requests, query, cache, launch.output, exact)
         assert not errors.passed and errors.largest != errors.largest
 
 

@@ -94,10 +94,15 @@ def check(layer, T, store):
                 continue
             scales = side.scales[block, :, offset]
             # A root mean square within a rounding of the middle between two scales may get either.
-            assert (scales.int() - scale.int()).abs().max() <= 1 and (scales != scale).float().mean() < 0.05
+            assert (scales.int() - scale.int()).abs().max() <= 1 and few(scales != scale, 0.05)
             for tier, codes in zip(side.coded, packed, strict=True):
                 found = tier[block, :, offset].view(torch.uint8)
-                assert (found != codes.contiguous().view(torch.uint8)).float().mean() < 0.02
+                assert few(found != codes.contiguous().view(torch.uint8), 0.02)
+
+
+def few(differ, share):
+    """Of a handful, one may."""
+    return int(differ.sum()) <= max(1, share * differ.numel())
 
 
 def assert_errs_less(found, plain, exact, eps):

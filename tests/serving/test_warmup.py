@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from mkv_kernels.fused import decode, prefill, store
+from mkv_kernels.fused import decode, expand, prefill, store
 
 
 class NoGPU:
@@ -77,7 +77,14 @@ for settings in runs:
         results.append((started, profiled, take()))
 print("RESULT", json.dumps(results))
 """
-LAUNCHED = ["_attend_kernel", "_combine_kernel", "_prefill_kernel", "_store_kernel"]
+LAUNCHED = [
+    "_attend_kernel",
+    "_combine_kernel",
+    "_expand_kernel",
+    "_prefill_kernel",
+    "_store_kernel",
+    "_up_kernel",
+]
 BATCHES = (
     [1],
     [5, 17, 16],

@@ -44,6 +44,7 @@ def benchmark(
     seed: int = 0,
     dtype: str = "auto",
     eager: bool = False,
+    compilation_config: dict[str, Any] | None = None,
     one_at_a_time: bool = False,
     mkv_kernels: str = "auto",
     revision: str | None = None,
@@ -66,6 +67,7 @@ def benchmark(
         seed: of prompts and random bases.
         dtype: to compute in; auto is what the weights are stored in, and bfloat16 for a shape.
         eager: without compilation and CUDA graphs, as always on the CPU.
+        compilation_config: of `vllm.LLM`.
         one_at_a_time: start an engine when the one before it is done, as is always done on GPUs. Otherwise all live
             side by side and take turns, so that what else the machine does hits all of them.
         mkv_kernels: the option `kernels` of MKV.
@@ -106,7 +108,9 @@ def benchmark(
         from vllm_mkv.serving.stepper import hardware, on_cpu
 
         interleaved = on_cpu() and not one_at_a_time
-        start = engine_start(subject, schedule, computed, dummy_weights=shape is not None, eager=eager)
+        start = engine_start(
+            subject, schedule, computed, dummy_weights=shape is not None, eager=eager, compilation=compilation_config
+        )
         timings = time_caches(schedule, caches, start, interleaved=interleaved)
         found = {
             "model": f"shape {shape}" if shape else subject.source.name,
@@ -200,7 +204,13 @@ def mkv_caches(
 
 
 def engine_start(
-    subject: Subject, schedule: Schedule, dtype: torch.dtype, *, dummy_weights: bool, eager: bool
+    subject: Subject,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    *,
+    dummy_weights: bool,
+    eager: bool,
+    compilation: dict[str, Any] | None,
 ) -> Start:
     """Starts the real engine."""
     source = subject.source
@@ -216,6 +226,7 @@ def engine_start(
             batch=schedule.batch,
             cache_bytes_per_token=cache.bytes_per_token(BLOCK_SIZE),
             eager=eager,
+            compilation_config=compilation,
             dummy_weights=dummy_weights,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,

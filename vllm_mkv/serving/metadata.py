@@ -60,6 +60,19 @@ class Requests:
 
 
 @dataclass(frozen=True)
+class Prefills:
+    """Requests that do not decode.
+
+    max_seq_len: at least the longest one's.
+    expanded_table: [B, blocks] int32, where `expand` puts their pages; None for one that is too long for that.
+    """
+
+    requests: Requests
+    max_seq_len: int
+    expanded_table: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class TritonMetadata:
     """Views of the step's own tensors. Decoding requests come before all others.
 
@@ -70,13 +83,20 @@ class TritonMetadata:
     num_actual_tokens: int
     slots: torch.Tensor
     decodes: Requests | None
-    prefills: Requests | None
+    prefills: tuple[Prefills, ...]
     num_decode_tokens: int
     max_decode_queries: int
     max_seq_len: int
 
 
 MKVMetadata = CPUMetadata | TritonMetadata
+
+
+def one_behind_the_other(seq_lens: torch.Tensor, block_size: int, most_blocks: int) -> torch.Tensor:
+    """A block table, [B, most_blocks] int32, of requests whose blocks follow each other, from 0 on."""
+    blocks = (seq_lens + (block_size - 1)) // block_size
+    own = torch.arange(most_blocks, dtype=torch.int32, device=seq_lens.device)
+    return (blocks.cumsum(0, dtype=torch.int32) - blocks)[:, None] + own
 
 
 def kernels_of(vllm_config: VllmConfig) -> str:
@@ -98,8 +118,9 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
         # Where scores are capped, those of all heads are in memory.
         self.max_scores = MAX_SCORES // max([1, *(impl.num_heads for impl in impls if impl.soft_cap)])
         if self.kernels == "triton":
-            from vllm_mkv.serving.workspace import decode_queries
+            from vllm_mkv.serving.workspace import StepLimits, decode_queries
 
+            self.expanded_blocks = StepLimits.of(vllm_config, device).expanded_blocks(self.block_size)
             # vLLM's runners bring requests of at most so many queries to the front.
             self.reorder_batch_threshold = decode_queries(vllm_config)
 
@@ -139,11 +160,28 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
             num_actual_tokens=step.num_actual_tokens,
             slots=step.slot_mapping[: step.num_actual_tokens],
             decodes=Requests.of(step, 0, num_decodes),
-            prefills=Requests.of(step, num_decodes, step.num_reqs),
+            prefills=self._prefills(step, num_decodes),
             num_decode_tokens=num_decode_tokens,
             max_decode_queries=1 if single else self.reorder_batch_threshold,
             max_seq_len=step.max_seq_len,
         )
+
+    def _prefills(self, step: CommonAttentionMetadata, first: int) -> tuple[Prefills, ...]:
+        """Of the requests from `first` on, as many at once as can be expanded at once."""
+        bounds = step.seq_lens_cpu_upper_bound
+        lengths = [step.max_seq_len] * step.num_reqs if bounds is None else bounds[: step.num_reqs].tolist()
+        blocks, found = [-(-length // self.block_size) for length in lengths], []
+        while first < step.num_reqs:
+            last = first + 1
+            while last < step.num_reqs and sum(blocks[first : last + 1]) <= self.expanded_blocks:
+                last += 1
+            requests, table = Requests.of(step, first, last), None
+            assert requests is not None
+            if sum(blocks[first:last]) <= self.expanded_blocks:
+                table = one_behind_the_other(requests.seq_lens, self.block_size, max(blocks[first:last]))
+            found.append(Prefills(requests, max(lengths[first:last]), table))
+            first = last
+        return tuple(found)
 
     def _build_cpu(self, step: CommonAttentionMetadata) -> CPUMetadata:
         slots = step.slot_mapping[: step.num_actual_tokens].long()

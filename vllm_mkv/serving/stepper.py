@@ -116,6 +116,7 @@ def running_stepper(
     batch: int,
     cache_bytes_per_token: int,
     eager: bool = False,
+    compilation_config: dict[str, Any] | None = None,
     dummy_weights: bool = False,
     kv_cache_dtype: str = "auto",
     mkv: dict[str, Any] | None = None,
@@ -133,6 +134,7 @@ def running_stepper(
         cache_bytes_per_token: of the cache that is served; the engine takes memory for a whole batch.
         eager: without compilation and CUDA graphs; always so on the CPU, where compiling takes minutes and attention
             has no part in it.
+        compilation_config: of `vllm.LLM`; None for vLLM's default.
         dummy_weights: do not read any.
         kv_cache_dtype: of vLLM's own attention.
         mkv: options of the MKV backend; None for vLLM's own attention.
@@ -160,6 +162,8 @@ def running_stepper(
         "kv_cache_dtype": kv_cache_dtype,
         "enforce_eager": eager or on_cpu(),
     }
+    if compilation_config is not None:
+        settings["compilation_config"] = compilation_config
     with running_engine(settings) as llm:
         yield Stepper(llm)
 

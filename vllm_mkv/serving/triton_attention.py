@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mkv_kernels.fused.decode import choose_splits, decode, visible_tokens
+from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import prefill
 from mkv_kernels.fused.store import project_and_store
 from mkv_kernels.fused.table import LayerTable
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from mkv_kernels.bases import LayerBases
-    from vllm_mkv.serving.metadata import TritonMetadata
+    from vllm_mkv.serving.metadata import Prefills, TritonMetadata
     from vllm_mkv.serving.warmup import WarmUp
-    from vllm_mkv.serving.workspace import Workspace
+    from vllm_mkv.serving.workspace import Buffers, Workspace
 
 
 class TritonAttention:
@@ -36,7 +37,9 @@ class TritonAttention:
         self.table = LayerTable.build(bases)
         self.scale, self.num_heads, self.workspace, self.warm_up = scale, num_heads, workspace, warm_up
         self.window, self.soft_cap = window, soft_cap
-        workspace.admit(self.table, num_heads)
+        # Of a window, most of what is expanded would not be seen.
+        self.expansion = None if window else Expansion.of(self.table)
+        workspace.admit(self.table, num_heads, self.expansion)
 
     def reserve(self) -> None:
         self.workspace.reserve()
@@ -76,17 +79,46 @@ class TritonAttention:
                 window=self.window,
                 soft_cap=self.soft_cap,
             )
-        if step.prefills is not None:
-            requests = step.prefills
-            prefill(
-                projected,
+        for prefills in step.prefills:
+            self._prefill(query[:T], projected, kv_cache, buffers, prefills, output[:T])
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        projected: torch.Tensor,
+        kv_cache: torch.Tensor,
+        buffers: Buffers,
+        step: Prefills,
+        output: torch.Tensor,
+    ) -> None:
+        requests, expansion = step.requests, self.expansion
+        table, block_table = self.table, requests.block_table
+        if expansion is not None and step.expanded_table is not None:
+            block_size, numbers = table.layout.block_size, expansion.numbers_per_block()
+            blocks = self.workspace.limits.expanded_blocks(block_size)
+            expanded = buffers.expanded[: blocks * numbers].view(blocks, 1, block_size, numbers // block_size)
+            expand(
                 kv_cache,
                 table,
-                requests.block_table,
+                expansion,
+                block_table,
                 requests.seq_lens,
-                requests.query_start_loc,
-                self.scale,
-                output[:T],
-                window=self.window,
-                soft_cap=self.soft_cap,
+                expanded,
+                step.expanded_table,
+                max_seq_len=step.max_seq_len,
             )
+            table, block_table, kv_cache = expansion.table, step.expanded_table, expanded
+            if expansion.own_queries:
+                projected = query.unflatten(1, (table.num_groups, 1, -1))
+        prefill(
+            projected,
+            kv_cache,
+            table,
+            block_table,
+            requests.seq_lens,
+            requests.query_start_loc,
+            self.scale,
+            output,
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )

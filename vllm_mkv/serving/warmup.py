@@ -13,8 +13,9 @@ from vllm.logger import init_logger
 from mkv_kernels.fused.ahead import compile_ahead
 from mkv_kernels.fused.combine import FEW_ROWS
 from mkv_kernels.fused.store import FEW_TOKENS
-from vllm_mkv.serving.metadata import Requests, TritonMetadata
+from vllm_mkv.serving.metadata import Prefills, Requests, TritonMetadata
 from vllm_mkv.serving.triton_attention import TritonAttention
+from vllm_mkv.serving.workspace import MOST_EXPANDED_TOKENS
 
 if TYPE_CHECKING:
     from vllm_mkv.serving.attention import MKVAttentionImpl
@@ -78,9 +79,13 @@ def steps(limits: StepLimits, query_heads: int, device: torch.device) -> Iterato
     for tokens in (1, FEW_TOKENS + 1):
         if tokens <= limits.tokens:
             yield _step(tokens, tokens, limits, device, decodes=False)
+            if limits.seq_len > MOST_EXPANDED_TOKENS:
+                yield _step(tokens, tokens, limits, device, decodes=False, expands=False)
 
 
-def _step(tokens: int, queries: int, limits: StepLimits, device: torch.device, *, decodes: bool) -> TritonMetadata:
+def _step(
+    tokens: int, queries: int, limits: StepLimits, device: torch.device, *, decodes: bool, expands: bool = True
+) -> TritonMetadata:
     """Requests of `queries` tokens each, of which the last may have fewer."""
     starts = torch.arange(0, tokens + queries, queries, dtype=torch.int32, device=device).clamp(max=tokens)
     requests = len(starts) - 1
@@ -93,7 +98,7 @@ def _step(tokens: int, queries: int, limits: StepLimits, device: torch.device, *
         num_actual_tokens=tokens,
         slots=torch.zeros(tokens, dtype=torch.int64, device=device),
         decodes=own if decodes else None,
-        prefills=None if decodes else own,
+        prefills=() if decodes else (Prefills(own, queries, torch.zeros_like(own.block_table) if expands else None),),
         num_decode_tokens=tokens if decodes else 0,
         max_decode_queries=queries if decodes else 1,
         max_seq_len=limits.seq_len,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mkv_kernels.fused.decode import MAX_QUERIES, DecodeWorkspace, choose_splits
+from mkv_kernels.fused.expand import Expansion
 from mkv_kernels.fused.store import StoreWorkspace
 from vllm_mkv.serving import compat
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from mkv_kernels.fused.table import LayerTable
+
+
+MOST_EXPANDED_TOKENS = 1 << 16
+"""Cached tokens that prefill expands at once, in all requests of a step: 256 MiB for 8 KV heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class StepLimits:
     queries: int
     seq_len: int
     processors: int
+
+    def expanded_blocks(self, block_size: int) -> int:
+        """Room for the context of a request of any length, and for a step's prompts with twice as many tokens."""
+        tokens = min(max(self.seq_len, 2 * self.tokens), MOST_EXPANDED_TOKENS)
+        # The last block of every request has one token at least.
+        return -(-tokens // block_size) + min(self.requests, self.tokens)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> StepLimits:
@@ -59,9 +70,11 @@ class Buffers:
     """Views of one allocation.
 
     projected: [numbers] of the model's dtype, q' of a step.
+    expanded: [numbers] of the model's dtype, pages that prefill expands.
     """
 
     projected: torch.Tensor
+    expanded: torch.Tensor
     store: StoreWorkspace
     decode: DecodeWorkspace
 
@@ -74,15 +87,18 @@ class Workspace:
 
     def __init__(self, limits: StepLimits, dtype: torch.dtype, device: torch.device) -> None:
         self.limits, self.dtype, self.device = limits, dtype, device
-        self._projected = 0
+        self._projected, self._expanded = 0, 0
         self._scratch, self._counters = 0, 0
         self._partial, self._stats = 0, 0
         self._buffers: Buffers | None = None
 
-    def admit(self, table: LayerTable, num_heads: int) -> None:
+    def admit(self, table: LayerTable, num_heads: int, expansion: Expansion | None) -> None:
         """Makes room for a layer of `num_heads` query heads."""
         limits = self.limits
         self._buffers = None
+        if expansion is not None:
+            numbers = limits.expanded_blocks(table.layout.block_size) * expansion.numbers_per_block()
+            self._expanded = max(self._expanded, numbers)
         self._projected = max(self._projected, limits.tokens * num_heads * table.rank_k)
         scratch, counters = StoreWorkspace.sizes(table, limits.tokens)
         self._scratch, self._counters = max(self._scratch, scratch), max(self._counters, counters)
@@ -108,13 +124,14 @@ class Workspace:
         return buffers
 
     def _take(self) -> Buffers:
-        projected, scratch, partial, stats = compat.shared_workspace(
+        projected, expanded, scratch, partial, stats = compat.shared_workspace(
             self.device,
             (self._projected, self.dtype),
+            (self._expanded, self.dtype),
             (self._scratch, torch.float32),
             (self._partial, torch.float32),
             (self._stats, torch.float32),
         )
         # Every launch leaves the counters at zero, which others that share memory would not.
         counters = compat.zeroed_workspace(self.device, "mkv_counters", self._counters, torch.int32)
-        return Buffers(projected, StoreWorkspace(scratch, counters), DecodeWorkspace(partial, stats))
+        return Buffers(projected, expanded, StoreWorkspace(scratch, counters), DecodeWorkspace(partial, stats))

@@ -38,7 +38,13 @@ def _project(
         b_x = tl.load(rows[:, None] + i[None, :], mask=row_mask[:, None] & (i < width)[None, :], other=0.0)  # [ROWS, K]
         at = basis + i[:, None] + col[None, :] * width
         b_w = tl.load(at, mask=(i < width)[:, None] & col_mask[None, :], other=0.0)  # [K, C]
-        acc = tl.dot(b_x.to(tl.float32), b_w, acc, input_precision=PRECISION)
+        if PRECISION == "ieee":
+            # Sums of sums: one after the other, a thousand products would err more than PyTorch's do. (What is added to
+            # a product at once becomes its start.)
+            part = tl.dot(b_x.to(tl.float32), b_w, input_precision=PRECISION)
+            acc += tl.where(row_mask[:, None], part, 0.0)
+        else:
+            acc = tl.dot(b_x.to(tl.float32), b_w, acc, input_precision=PRECISION)
     return acc
 
 
