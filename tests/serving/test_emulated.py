@@ -23,7 +23,14 @@ MODEL = ROOT / "examples" / "books-4m"
 BUDGET = 0.16
 PROMPTS = ("It was a dark and", "The old man opened the door, and the wind came in, and with it the rain.")
 SPILLS = 32
-KERNELS = {"decode._attend_kernel", "combine._combine_kernel", "prefill._prefill_kernel", "store._store_kernel"}
+KERNELS = {
+    "decode._attend_kernel",
+    "combine._combine_kernel",
+    "combine._up_kernel",
+    "expand._expand_kernel",
+    "prefill._prefill_kernel",
+    "store._store_kernel",
+}
 
 pytestmark = [
     pytest.mark.engine,

@@ -83,7 +83,6 @@ LAUNCHED = [
     "_expand_kernel",
     "_prefill_kernel",
     "_store_kernel",
-    "_up_kernel",
 ]
 BATCHES = (
     [1],

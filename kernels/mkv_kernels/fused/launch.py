@@ -62,7 +62,8 @@ class Target:
         return self.generation in (9, 10)
 
     @property
-    def shared_bytes(self) -> int:
+    def prefill_bytes(self) -> int:
+        """Shared memory that a program of prefill may take; of decode, several should fit."""
         return ROOMY_SHARED_BYTES if self.roomy else SHARED_BYTES
 
     def unpacks_in_ptx(self, dtype: torch.dtype) -> bool:
@@ -93,11 +94,11 @@ class Tiles:
             return cls._of_coded(shapes, 16, itemsize, target)
         columns = max(16, shapes.value.columns)
         rows = min(64, max(16, power_of_two(rows)))
-        if rows * columns > 64 * 320 or not _fits(shapes, rows, 64, 3, itemsize, target):
+        if rows * columns > 64 * 320 or not _fits(shapes, rows, 64, 3, itemsize, SHARED_BYTES):
             rows = 16
         # Two warps wait less for each other.
         warps = 2 if rows == 16 and columns <= 128 and target.backend != "hip" else _warps(rows, columns, target)
-        return cls(rows, *_tokens(shapes, rows, 64, itemsize, target), warps)
+        return cls(rows, *_tokens(shapes, rows, 64, itemsize, SHARED_BYTES), warps)
 
     @classmethod
     def of_prefill(cls, shapes: Shapes, query_heads: int, itemsize: int, target: Target, *, folded: bool) -> Tiles:
@@ -116,11 +117,11 @@ class Tiles:
         warps = _warps(rows, columns, target)
         if target.roomy and folded and rows == 128 and columns <= 128:
             # Registers suffice as long as no product with D follows.
-            return cls(rows, *_tokens(shapes, rows, 64, itemsize, target), 4)
+            return cls(rows, *_tokens(shapes, rows, 64, itemsize, target.prefill_bytes), 4)
         if target.generation >= 9 and shapes.value.chunks[0] > 64:
             # The product with as many rows of D leaves 4 no registers.
             warps = 8
-        return cls(rows, *_tokens(shapes, rows, 32, itemsize, target), warps)
+        return cls(rows, *_tokens(shapes, rows, 32, itemsize, target.prefill_bytes), warps)
 
     @classmethod
     def _of_coded(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
@@ -129,7 +130,7 @@ class Tiles:
         # its warps, see `_warps`.
         most_tokens, most_warps = (32, 4) if target.backend == "hip" else (64, 8)
         warps = min(most_warps, shapes.warps * rows // 16)
-        return cls(rows, *_tokens(shapes, rows, min(most_tokens, shapes.tokens), itemsize, target), warps)
+        return cls(rows, *_tokens(shapes, rows, min(most_tokens, shapes.tokens), itemsize, SHARED_BYTES), warps)
 
 
 def programs_per_processor(shapes: Shapes) -> int:
@@ -144,18 +145,18 @@ def _warps(rows: int, columns: int, target: Target) -> int:
     return 4 if (rows == 16 and columns <= 560) or target.backend == "hip" else 8
 
 
-def _fits(shapes: Shapes, rows: int, tokens: int, stages: int, itemsize: int, target: Target) -> bool:
+def _fits(shapes: Shapes, rows: int, tokens: int, stages: int, itemsize: int, most_bytes: int) -> bool:
     key_bytes, value_bytes = (tokens * side.loaded_bytes(itemsize) for side in (shapes.key, shapes.value))
     queries = rows * shapes.key.columns * itemsize
     if stages == 1:
-        return max(key_bytes, value_bytes) + queries <= target.shared_bytes
+        return max(key_bytes, value_bytes) + queries <= most_bytes
     # Values of the 16-bit tier are read from shared memory while the next ones arrive there; keys, and what is to be
     # unpacked, are in registers by then.
     value_bytes += tokens * shapes.value.chunks[0] * shapes.value.tiles[0] * itemsize
-    return key_bytes + value_bytes + queries <= target.shared_bytes
+    return key_bytes + value_bytes + queries <= most_bytes
 
 
-def _tokens(shapes: Shapes, rows: int, most: int, itemsize: int, target: Target) -> tuple[int, int]:
+def _tokens(shapes: Shapes, rows: int, most: int, itemsize: int, most_bytes: int) -> tuple[int, int]:
     """Tokens of a tile and stages of their loads: as many tokens as fit while the next ones arrive, or 32, or 16.
 
     Triton takes 3 stages for pages that are found through a block table: that is looked up two tiles ahead, what it
@@ -164,7 +165,7 @@ def _tokens(shapes: Shapes, rows: int, most: int, itemsize: int, target: Target)
     sizes = [(tokens, 3) for tokens in (64, 32, 16) if tokens <= most]
     if shapes.coded:
         sizes[-1] = (32, 1)
-    return next((size for size in sizes if _fits(shapes, rows, *size, itemsize, target)), (16, 1))
+    return next((size for size in sizes if _fits(shapes, rows, *size, itemsize, most_bytes)), (16, 1))
 
 
 def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
