@@ -53,8 +53,9 @@ def _attend_run(
     dtype = torch.float32 if q.dtype == torch.float16 and (page.key.coded or page.value.coded) else q.dtype
     q_BQGHr = q[bucket.gather].to(dtype).unflatten(0, (B, Q)).flatten(3, 4)
     k, v = _gather(page.key, bucket, dtype), _gather(page.value, bucket, dtype)
-    # The fused operator wants keys and values of one size; zeros change neither scores nor the coordinates kept.
-    size, rank_v = max(k.shape[-1], v.shape[-1]), v.shape[-1]
+    # The fused operator wants keys and values of one size, and on CUDA some; zeros change neither scores nor the
+    # coordinates kept.
+    size, rank_v = max(1, k.shape[-1], v.shape[-1]), v.shape[-1]
     q_GBHQr = F.pad(q_BQGHr.permute(2, 0, 3, 1, 4), (0, size - q.shape[-1])).flatten(0, 1)
     k_GB1Lr = F.pad(k, (0, size - k.shape[-1])).flatten(0, 1).unsqueeze(1)
     v_GB1Lr = F.pad(v, (0, size - rank_v)).flatten(0, 1).unsqueeze(1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mkv_kernels.fused import combine
+from mkv_kernels.fused import combine, launch
 from mkv_kernels.fused import decode as module
 from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode, visible_tokens
 from mkv_kernels.fused.table import SideShape, tier_sizes
@@ -165,6 +165,15 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
     assert choose_splits(layer.table, 1, visible_tokens(1 << 17, 4, 512), 132) == 2
     heavy, light = layer.table.work[8].spans.tolist()
     assert heavy == [0, 8] and light == [8, 8], "the group with most bytes is first"
+
+
+@pytest.mark.parametrize("length", [40, 2048, 4500])
+def test_values_that_keep_their_excess(make_layer, monkeypatch, length):
+    """As bfloat16's do on GPUs: subtracted every 2048 tokens, and behind the last."""
+    monkeypatch.setattr(launch.Target, "raises_values", lambda self, dtype: True)
+    layer = make_layer(("16x1 4x1", "8x1 4x1 2x1"), block_size=128, dtype=HALF)
+    step = layer.step([length, 17], [1, 1])
+    layer.check(run(layer, step, num_splits=1), step)
 
 
 def test_launches_allocate_nothing(make_layer, monkeypatch):

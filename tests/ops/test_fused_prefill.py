@@ -8,6 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from mkv_kernels.fused import launch
 from mkv_kernels.fused.prefill import prefill
 
 SCALE = 0.2
@@ -15,6 +16,8 @@ HALF = torch.float16
 
 
 def run(layer, step, output=None):
+    if layer.dtype == torch.float32 and layer.table.shapes.coded and torch.cuda.is_available():
+        pytest.skip("refused on GPUs, see `launch.check_prefill`")
     if output is None:
         shape = (len(step.query), layer.num_heads, layer.d)
         output = torch.full(shape, float("nan"), dtype=layer.dtype, device=step.query.device)
@@ -109,6 +112,14 @@ def test_any_layer(make_layer, case):
     layer = make_layer(widths=widths, **shape, seed=seed)
     step = layer.step(lengths, queries)
     layer.check(run(layer, step), step)
+
+
+def test_codes_in_float32_are_refused_on_a_gpu(make_layer):
+    target = launch.Target("cuda", 9)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        launch.check_prefill(make_layer(("8x2", "16x1")).table, torch.float32, target)
+    launch.check_prefill(make_layer(("8x2", "16x1"), dtype=HALF).table, HALF, target)
+    launch.check_prefill(make_layer(("16x2", "16x1")).table, torch.float32, target)
 
 
 def test_errors_name_the_mend(make_layer):

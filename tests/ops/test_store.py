@@ -97,7 +97,9 @@ def check(layer, T, store):
             assert (scales.int() - scale.int()).abs().max() <= 1 and few(scales != scale, 0.05)
             for tier, codes in zip(side.coded, packed, strict=True):
                 found = tier[block, :, offset].view(torch.uint8)
-                assert few(found != codes.contiguous().view(torch.uint8), 0.02)
+                # On tensor cores, bases have 10 bits of mantissa.
+                exact_bases = layer.dtype == torch.float32 or layer.memory.device.type == "cpu"
+                assert few(found != codes.contiguous().view(torch.uint8), 0.02 if exact_bases else 0.05)
 
 
 def few(differ, share):

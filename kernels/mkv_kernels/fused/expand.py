@@ -26,13 +26,13 @@ from mkv_kernels.fused.table import (
     SideShape,
     power_of_two,
     regions_of,
-    shape_classes,
+    work_of,
 )
 from mkv_kernels.fused.tile import load_scales, load_tile, scales_of, tier_of
 from mkv_kernels.fused.unpack import unpacked
 from mkv_kernels.layout import PageLayout, uniform_widths
 
-TOKENS = 32
+TOKENS = 64
 """Of a program."""
 
 
@@ -216,8 +216,8 @@ def _of_layout(layout: PageLayout, table: LayerTable) -> dict[str, Any]:
     device, d = table.regions.device, table.head_size
     return {
         "shapes": Shapes.of(layout.groups, d),
-        "classes": shape_classes(layout, d, device),
         "regions": regions_of(layout, device),
+        "work": work_of(layout, device),
     }
 
 
@@ -275,5 +275,5 @@ def expand(
         D=d,
         D_PADDED=power_of_two(d),
         PRECISION=launch.precision(cache.dtype),
-        num_warps=4,
+        num_warps=8 if J > 1 else 4,
     )

@@ -187,6 +187,11 @@ def _prefill_kernel(
         tl.store(to, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & inside[None, :])
 
 
+def check_served(table: LayerTable, dtype: torch.dtype) -> None:
+    """Raises NotImplementedError for a layer that `prefill` does not take, with the mend."""
+    launch.check_prefill(table, dtype, launch.Target.of(_prefill_kernel))
+
+
 def prefill(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -220,48 +225,48 @@ def prefill(
     if num_requests == 0 or T == 0:
         return
     target = launch.Target.of(_prefill_kernel)
+    check_served(table, query.dtype)
     folded = table.value_up is None
-    for alike in table.classes:
-        shapes = alike.shapes
-        tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)
-        queries = tiles.rows // M
-        on(_prefill_kernel, (T // queries + num_requests, len(alike.programs) * table.group_heads))(
-            query,
-            *pages.pages,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            alike.programs,
-            table.regions,
-            table.value_mean if folded else table.value_up,
-            table.value_mean,
-            output,
-            num_requests,
-            query.stride(0),
-            query.stride(1),
-            query.stride(3),
-            *pages.strides,
-            block_table.stride(0),
-            output.stride(0),
-            table.rank_v,
-            scale * launch.LOG2_E,
-            BLOCK_SIZE=table.layout.block_size,
-            GROUP_HEADS=table.group_heads,
-            QUERY_HEADS=M,
-            FIELDS=SIDE_FIELDS,
-            QUERIES=queries,
-            M=tiles.rows,
-            N=tiles.tokens,
-            STAGES=tiles.stages,
-            PTX=target.unpacks_in_ptx(query.dtype),
-            RAISED=target.raises_values(query.dtype),
-            KEY=shapes.key.constants,
-            VALUE=shapes.value.constants,
-            D=d,
-            D_PADDED=power_of_two(d),
-            FOLDED=folded,
-            PRECISION=launch.precision(query.dtype),
-            WINDOW=window,
-            SOFT_CAP=soft_cap,
-            num_warps=tiles.warps,
-        )
+    shapes = table.shapes
+    tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)
+    queries = tiles.rows // M
+    on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
+        query,
+        *pages.pages,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        table.work[1].programs,
+        table.regions,
+        table.value_mean if folded else table.value_up,
+        table.value_mean,
+        output,
+        num_requests,
+        query.stride(0),
+        query.stride(1),
+        query.stride(3),
+        *pages.strides,
+        block_table.stride(0),
+        output.stride(0),
+        table.rank_v,
+        scale * launch.LOG2_E,
+        BLOCK_SIZE=table.layout.block_size,
+        GROUP_HEADS=table.group_heads,
+        QUERY_HEADS=M,
+        FIELDS=SIDE_FIELDS,
+        QUERIES=queries,
+        M=tiles.rows,
+        N=tiles.tokens,
+        STAGES=tiles.stages,
+        PTX=target.unpacks_in_ptx(query.dtype),
+        RAISED=target.raises_values(query.dtype),
+        KEY=shapes.key.constants,
+        VALUE=shapes.value.constants,
+        D=d,
+        D_PADDED=power_of_two(d),
+        FOLDED=folded,
+        PRECISION=launch.precision(query.dtype),
+        WINDOW=window,
+        SOFT_CAP=soft_cap,
+        num_warps=tiles.warps,
+    )

@@ -14,7 +14,6 @@ offset is -1 where it has none at all.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,10 +33,6 @@ tokens are enough for every thread to load 16 bytes, and heads are not large, fo
 """
 LOADED_WORDS = (16, 32)
 """Words of a coded tier per token that are loaded at once: the more where padding does not grow by it."""
-MOST_CLASSES = 4
-"""Launches that prefill is split into, each with the sizes of its own groups."""
-CLASS_STEP = 64
-"""Coordinates of the 16-bit tier that groups of a class may differ by."""
 QUERY, KEY, VALUE = 0, 1, 2
 """What an item of the store's work projects."""
 
@@ -96,7 +91,7 @@ def _tiles(most: int, chunk: int) -> int:
     return next(step for step in _STEPS if step >= -(-most // chunk))
 
 
-CODED_TILES = ((8, 1, 32, 192), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
+CODED_TILES = ((8, 1, 32, 256), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
 """For layers with codes: least words of a tier of values that are loaded at once, warps, tokens, and columns of values
 up to which these are taken. Warps share the columns, 8 words at least each, and accumulators of 16 rows of queries stay
 in registers: where there are few columns, more warps would unpack what others do."""
@@ -124,14 +119,6 @@ class Shapes:
             if value.columns <= columns:
                 return cls(key, value, warps, tokens)
         raise AssertionError("the last of CODED_TILES has room for all")
-
-
-@dataclass(frozen=True)
-class ShapeClass:
-    """Groups whose shapes are alike; `programs` as in `Work`, with one split."""
-
-    shapes: Shapes
-    programs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -168,7 +155,6 @@ class LayerTable:
         value_mean:  [G, J, d]
         items:       per number of columns, [I, 6] int32: the store's work, see `_items`
         work:        per number of splits, the decode's
-        classes:     prefill's launches
     """
 
     layout: PageLayout
@@ -185,7 +171,6 @@ class LayerTable:
     value_mean: torch.Tensor
     items: dict[int, torch.Tensor]
     work: dict[int, Work]
-    classes: tuple[ShapeClass, ...]
 
     @classmethod
     def build(cls, bases: LayerBases) -> LayerTable:
@@ -213,8 +198,7 @@ class LayerTable:
             value_up=None if runs[0].value_up is None else padded("value_up", -2, rank_v),
             value_mean=padded("value_mean", -1, runs[0].value_mean.shape[-1]),
             items={columns: _items(layout, bases.group_heads, columns).to(device) for columns in ITEM_COLUMNS},
-            work=_work(layout, device),
-            classes=shape_classes(layout, bases.head_size, device),
+            work=work_of(layout, device),
         )
 
     @property
@@ -288,7 +272,7 @@ def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
     return torch.tensor([*coded, *exact, *queries], dtype=torch.int32).reshape(-1, 6)
 
 
-def _work(layout: PageLayout, device: torch.device) -> dict[int, Work]:
+def work_of(layout: PageLayout, device: torch.device) -> dict[int, Work]:
     work, splits = {}, 1
     sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
     heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
@@ -300,34 +284,3 @@ def _work(layout: PageLayout, device: torch.device) -> dict[int, Work]:
         work[splits] = Work(*(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (programs, spans)))
         splits *= 2
     return work
-
-
-def shape_classes(layout: PageLayout, head_size: int, device: torch.device) -> tuple[ShapeClass, ...]:
-    """Groups with about as many coordinates of 16 bits, together; all of them where there are codes.
-
-    Where that makes too many classes, those are merged that differ least.
-    """
-    members: dict[tuple[int, int], list[GroupLayout]] = {}
-    coded = any(side.coded for group in layout.groups for side in (group.key, group.value))
-    for group in layout.groups:
-        steps = (0, 0) if coded else (-(-group.key.exact // CLASS_STEP), -(-group.value.exact // CLASS_STEP))
-        members.setdefault(steps, []).append(group)
-    while len(members) > MOST_CLASSES:
-        pairs = itertools.combinations(sorted(members), 2)
-        one, other = min(pairs, key=lambda pair: _added(members, *pair))
-        both = members.pop(one) + members.pop(other)
-        members.setdefault((max(one[0], other[0]), max(one[1], other[1])), []).extend(both)
-    return tuple(
-        ShapeClass(
-            Shapes.of(members[steps], head_size),
-            torch.tensor([(group.group, 0, 1, 0) for group in members[steps]], dtype=torch.int32, device=device),
-        )
-        # What takes longest comes first.
-        for steps in sorted(members, key=lambda steps: -sum(steps))
-    )
-
-
-def _added(members: dict[tuple[int, int], list[GroupLayout]], one: tuple[int, int], other: tuple[int, int]) -> int:
-    """Steps that products of two classes' groups have more if they become one class."""
-    whole = max(one[0], other[0]) + max(one[1], other[1])
-    return sum(len(members[steps]) * (whole - sum(steps)) for steps in (one, other))
