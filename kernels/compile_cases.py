@@ -35,6 +35,8 @@ class Case:
     window, soft_cap: as `decode` and `prefill` take them.
     speculative: queries per request in a launch of that name.
     nvidia_only: left out for AMD's, whose compiler takes minutes for it, unless it is asked for by name.
+    long: whether prefill over pages as they lie is compiled beside that over expanded ones: what layers with a window,
+        and contexts that there is no room to expand, are served with.
     """
 
     widths: tuple[GroupWidths, ...]
@@ -50,6 +52,7 @@ class Case:
     speculative: int = 4
     launches: tuple[str, ...] = ("decode", "prefill")
     nvidia_only: bool = False
+    long: bool = True
 
 
 def blocks(**counts: int) -> tuple[int, ...]:
@@ -60,10 +63,10 @@ def blocks(**counts: int) -> tuple[int, ...]:
 # The slowest to compile come first, so that no process ends long after the others.
 CASES = {
     # The most that a layer may ask for, as ranks and beside tiers of a few bytes.
-    "full-rank-j8": Case(((blocks(b16=1024), blocks(b16=1024)),), 8, 4, fold_down=False),
+    "full-rank-j8": Case(((blocks(b16=1024), blocks(b16=1024)),), 8, 4, fold_down=False, long=False),
     "narrow-tiers-j8": Case(
         ((blocks(b16=976, b8=16, b4=16, b2=16), blocks(b16=976, b8=16, b4=16, b2=16)),), 8, 2,
-        nvidia_only=True,
+        nvidia_only=True, long=False,
     ),
     "tiers-j8": Case(
         ((blocks(b16=16, b8=48, b4=320, b2=320, b0=320), blocks(b8=32, b4=320, b2=320, b0=352)),), 8, 2,
@@ -85,14 +88,14 @@ CASES = {
             (blocks(b16=16, b8=48, b4=208, b2=144, b0=96), blocks(b8=32, b4=176, b2=208, b0=96)),
             (blocks(b8=80, b4=240, b2=80, b0=112), blocks(b8=16, b4=240, b2=144, b0=112)),
         ),
-        4, 4, nvidia_only=True,
+        4, 4, nvidia_only=True, long=False,
     ),
     "tiers-j1-uneven": Case(
         (
             (blocks(b8=16, b4=48, b2=48, b0=16), blocks(b4=80, b2=48)),
             (blocks(b4=80, b2=16, b0=32), blocks(b8=16, b4=48, b2=16, b0=48)),
         ),
-        1, 4, fold_up=True,
+        1, 4, fold_up=True, long=False,
     ),
     "tiers-j1": Case(
         (
@@ -118,7 +121,9 @@ CASES = {
         ((blocks(b16=256, b0=256), blocks(b16=256, b0=256)),), 4, 2, window=4096, soft_cap=50.0,
         launches=("decode", "speculative", "prefill"),
     ),
-    "narrow-tiers-j1": Case(((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4),
+    "narrow-tiers-j1": Case(
+        ((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4, long=False,
+    ),
     "full-rank-j1": Case(((blocks(b16=128), blocks(b16=128)),), 1, 4, fold_up=True),
     # Heads of other sizes.
     "tiers-j2-head-64": Case(
@@ -159,18 +164,22 @@ class Known:
 
 NARROW = "a tile of 16 coordinates or words has fewer than 16 bytes for each of 256 threads"
 ACROSS = "numbers of the thread, from before the loop to behind it"
-MANY = "6 tiers, and more than 900 columns of values"
+MANY = "5 or 6 tiers, and more than 700 columns of values"
+SUMS = "a product over 1024 coordinates that is not a loop"
 KNOWN = (
     Known("loads", 2, "*tiers-j8", "*", "*", NARROW),
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
-    Known("loads", 4, "tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
+    Known("loads", 4, "*tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
     Known("spills", 32, "tiers-j1-uneven", "attend", "[19]0*", ACROSS),
     Known("spills", 56, "tiers-j1-uneven", "prefill", "*0*", ACROSS),
     Known("moves", 5, "tiers-j1-uneven", "prefill", "100", "the same, some of them read in the loop too"),
     Known("spills", 32, "tiers-j1", "prefill", "90", ACROSS),
     Known("spills", 8, "tiers-j1-head-256", "prefill", "90", ACROSS),
     Known("spills", 24, "narrow-tiers-j4", "*", "[19]0*", ACROSS),
-    Known("spills", 8, "tiers-j8", "*", "*", ACROSS),
+    Known("spills", 64, "tiers-j8", "*", "*0*", MANY),
+    Known("moves", 15, "tiers-j8", "*", "*0*", MANY),
+    Known("spills", 8, "full-rank-j8", "expand", "100", SUMS),
+    Known("moves", 1, "full-rank-j8", "expand", "100", SUMS),
     Known("spills", 48, "narrow-tiers-j8", "*", "[19]0*", MANY),
     Known("moves", 14, "narrow-tiers-j8", "*", "[19]0*", MANY),
 )
@@ -207,8 +216,9 @@ def launcher(case: Case, launch: str) -> Callable[[], None]:
         scores: dict[str, Any] = {"window": case.window, "soft_cap": case.soft_cap}
 
         def run() -> None:
-            prefill(projected, cache, table, *step, 0.1, output, **scores)
             expansion = None if case.window else Expansion.of(table)
+            if expansion is None or case.long:
+                prefill(projected, cache, table, *step, 0.1, output, **scores)
             if expansion is not None:
                 numbers = expansion.numbers_per_block() // case.block_size
                 expanded = torch.zeros(4, 1, case.block_size, numbers, dtype=case.dtype)

@@ -33,7 +33,7 @@ from mkv_kernels.fused.unpack import unpacked
 from mkv_kernels.layout import PageLayout, uniform_widths
 
 TOKENS = 64
-"""Of a program."""
+"""Of a program; half as many before Hopper, whose registers do not suffice."""
 
 
 @triton.jit
@@ -249,7 +249,8 @@ def expand(
     if num_requests == 0 or max_seq_len == 0:
         return
     target = launch.Target.of(_expand_kernel)
-    on(_expand_kernel, (triton.cdiv(max_seq_len, TOKENS), 2 * table.num_groups * J, num_requests))(
+    tokens = TOKENS // 2 if target.generation == 8 else TOKENS
+    on(_expand_kernel, (triton.cdiv(max_seq_len, tokens), 2 * table.num_groups * J, num_requests))(
         *pages.pages,
         to.pages[0],
         block_table,
@@ -268,7 +269,7 @@ def expand(
         BLOCK_SIZE=table.layout.block_size,
         GROUP_HEADS=J,
         FIELDS=SIDE_FIELDS,
-        N=TOKENS,
+        N=tokens,
         PTX=target.unpacks_in_ptx(cache.dtype),
         KEY=table.shapes.key.constants,
         VALUE=expansion.value.constants,

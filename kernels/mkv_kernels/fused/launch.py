@@ -71,7 +71,7 @@ class Target:
         return self.backend == "cuda" and dtype != torch.float32
 
     def raises_values(self, dtype: torch.dtype) -> bool:
-        """Whether codes of values keep their excess until all are summed; float16's is too large for that."""
+        """Whether codes of values keep their excess until many are summed; float16's is too large for that."""
         return self.unpacks_in_ptx(dtype) and dtype == torch.bfloat16
 
 

@@ -91,7 +91,7 @@ def _tiles(most: int, chunk: int) -> int:
     return next(step for step in _STEPS if step >= -(-most // chunk))
 
 
-CODED_TILES = ((8, 1, 32, 256), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
+CODED_TILES = ((8, 1, 32, 224), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
 """For layers with codes: least words of a tier of values that are loaded at once, warps, tokens, and columns of values
 up to which these are taken. Warps share the columns, 8 words at least each, and accumulators of 16 rows of queries stay
 in registers: where there are few columns, more warps would unpack what others do."""
