@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -15,6 +16,16 @@ from vllm_mkv import __version__, commands
 from vllm_mkv.commands import fail
 
 INTERRUPTED = 130
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; give one such as '{{\"mode\": 0}}'")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,7 +233,7 @@ def _add_bench(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--eager", action="store_true", help="without compilation and CUDA graphs, as always on the CPU")
     add(
         "--compilation-config",
-        type=json.loads,
+        type=_json_object,
         metavar="JSON",
         help='of vLLM; on GPUs, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} starts in seconds',
     )

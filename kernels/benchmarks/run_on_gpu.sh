@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The kernels' tests and the quick benchmarks on a host with a GPU, and everything that they say in one folder:
+# The kernels' tests, the quick benchmarks and, where vLLM and this project are installed, those of the engine, on a host
+# with a GPU, and everything that they say in one folder:
 #
 #     kernels/benchmarks/run_on_gpu.sh FOLDER        # or with OUT=FOLDER; PYTHON=python3 names another interpreter
 #
 # Needs torch >= 2.11, triton >= 3.6 and pytest; nothing is installed. Where hypothesis is missing its tests are skipped,
-# where rich is the tables are plain, where matplotlib is there are no plots. A part that fails does not stop the others;
+# where rich is the tables are plain, where matplotlib is there are no plots, where pytest-xdist is tests wait for the
+# compiler one by one. A part that fails does not stop the others;
 # the exit status is 1 if one failed. SKIP_TESTS=1 leaves the tests out.
 set -uo pipefail
 
@@ -47,11 +49,18 @@ END
 }
 
 tests() {
-    local path=$PYTHONPATH
+    local path=$PYTHONPATH parallel=()
+    "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
     "$python" -c "import hypothesis" 2>/dev/null || path="kernels/benchmarks/without_hypothesis:$path"
     # The project's options of pytest ask for plugins that need not be here.
     PYTHONPATH=$path "$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider \
-        -q -ra --durations=5 tests/ops
+        -q -ra --durations=5 "${parallel[@]}" tests/ops
+}
+
+engine() { # WIDTHS BUDGET
+    "$python" -m vllm_mkv.cli bench --shape 8,32,8,128,1024 --batch 16 --contexts 4096 16384 32768 --repeats 3 \
+        --group-heads 1 --widths "$1" --allocation uniform --budgets "$2" --json "$out/engine-$2.json" \
+        --compilation-config '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
 }
 
 part hardware about
@@ -60,6 +69,13 @@ for kernel in store decode prefill; do
     part "$kernel" "$python" "kernels/benchmarks/bench_$kernel.py" --device cuda --quick \
         --json "$out/$kernel.json" --plot "$out/$kernel.png"
 done
+
+if "$python" -c "import vllm, vllm_mkv" 2>/dev/null; then
+    part engine-ranks engine 16,0 0.5
+    part engine-tiers engine 16,8,4,2,0 0.156
+else
+    echo "== engine: left out, vLLM and this project are not both installed"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

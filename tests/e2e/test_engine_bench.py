@@ -16,6 +16,7 @@ def test_bench_times_every_cache(start_command, tiny_model, make_adapter, tmp_pa
     figures, plot = tmp_path / "figures.json", tmp_path / "latency.png"
     said = start_command(
         *("vllm-mkv", "bench", str(model), "--adapter", str(adapter), "--budgets", "0.5", "--dtype", "bfloat16"),
+        *("--compilation-config", '{"mode": 0}'),
         *("--contexts", "64", "256", "512", "--batch", "2", "--output-len", "4", "--repeats", "2"),
         *("--json", str(figures), "--plot", str(plot)),
     ).finish()
