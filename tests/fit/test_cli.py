@@ -12,9 +12,9 @@ from vllm_mkv.cli import main, parser
 
 OPTIONS = {
     "bench": {
-        "--adapter", "--allocation", "--batch", "--budgets", "--contexts", "--dtype", "--eager", "--group-heads",
-        "--json", "--mkv-kernels", "--one-at-a-time", "--output-len", "--plot", "--repeats", "--revision", "--seed",
-        "--shape", "--trust-remote-code", "--warmup", "--widths", "MODEL|ADAPTER",
+        "--adapter", "--allocation", "--batch", "--budgets", "--compilation-config", "--contexts", "--dtype", "--eager",
+        "--group-heads", "--json", "--mkv-kernels", "--one-at-a-time", "--output-len", "--plot", "--repeats",
+        "--revision", "--seed", "--shape", "--trust-remote-code", "--warmup", "--widths", "MODEL|ADAPTER",
     },
     "calibrate": {
         "--basis", "--context", "--device", "--dtype", "--eval-windows", "--group-heads", "--output", "--revision",

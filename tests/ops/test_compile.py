@@ -20,15 +20,22 @@ def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("case", ["ranks-j1", "tiers-j4-window"])
-def test_decode_and_prefill_meet_the_bar(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ("ranks-j1", ["attend", "combine", "prefill"]),
+        ("tiers-j4-window", ["attend", "combine", "up", "prefill"]),
+        ("tiers-j4-uneven", ["attend", "combine", "up", "expand", "prefill"]),
+    ],
+)
+def test_decode_and_prefill_meet_the_bar(case: str, kernels: list[str], tmp_path: Path) -> None:
     ran = check("--case", case, "--launch", "decode", "--launch", "prefill", "--json", tmp_path / "rows.json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]
-    assert [row["kernel"] for row in rows] == ["attend", "combine", "prefill"]
+    assert [row["kernel"] for row in rows] == kernels
     for row in rows:
         assert row["spills"] == 0 and row["shared"] <= 99 * 1024 and not row["beyond"]
-        if row["kernel"] != "combine":
+        if row["kernel"] in ("attend", "prefill"):
             assert row["mma"] > 0 and set(row["loads"]) == {"16"} and 0 < row["loop"] < row["code"]
 
 
