@@ -170,18 +170,14 @@ KNOWN = (
     Known("loads", 2, "*tiers-j8", "*", "*", NARROW),
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
     Known("loads", 4, "*tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
-    Known("spills", 32, "tiers-j1-uneven", "attend", "[19]0*", ACROSS),
-    Known("spills", 56, "tiers-j1-uneven", "prefill", "*0*", ACROSS),
-    Known("moves", 5, "tiers-j1-uneven", "prefill", "100", "the same, some of them read in the loop too"),
-    Known("spills", 32, "tiers-j1", "prefill", "90", ACROSS),
     Known("spills", 8, "tiers-j1-head-256", "prefill", "90", ACROSS),
-    Known("spills", 24, "narrow-tiers-j4", "*", "[19]0*", ACROSS),
+    Known("spills", 16, "narrow-tiers-j4", "*", "[19]0*", ACROSS),
     Known("spills", 64, "tiers-j8", "*", "*0*", MANY),
     Known("moves", 15, "tiers-j8", "*", "*0*", MANY),
     Known("spills", 8, "full-rank-j8", "expand", "100", SUMS),
     Known("moves", 1, "full-rank-j8", "expand", "100", SUMS),
-    Known("spills", 48, "narrow-tiers-j8", "*", "[19]0*", MANY),
-    Known("moves", 14, "narrow-tiers-j8", "*", "[19]0*", MANY),
+    Known("spills", 16, "narrow-tiers-j8", "*", "[19]0*", MANY),
+    Known("moves", 2, "narrow-tiers-j8", "*", "[19]0*", MANY),
 )
 
 
