@@ -36,15 +36,13 @@ def decode(
     return Launch(lambda: decode(*arguments, workspace, max_queries=shape.queries, num_splits=num_splits), output)
 
 
-def prefill(
-    layer: Layer, shape: Shape, requests: Requests, queries: Queries, cache: torch.Tensor, *, expands: bool = True
-) -> Launch:
-    """As the backend launches it: pages are expanded first where that is faster; never without `expands`."""
+def prefill(layer: Layer, shape: Shape, requests: Requests, queries: Queries, cache: torch.Tensor) -> Launch:
+    """As the backend launches it: pages are expanded first where that is faster."""
     from mkv_kernels.fused.expand import Expansion, expand
     from mkv_kernels.fused.prefill import prefill
 
     output = layer.new_output(shape.num_tokens)
-    expansion = Expansion.of(layer.table) if expands else None
+    expansion = Expansion.of(layer.table)
     if expansion is None:
         arguments = _attention_arguments(layer, requests, queries.projected, cache, output)
         return Launch(lambda: prefill(*arguments), output)

@@ -219,9 +219,12 @@ class FusedLayer:
                 output[own, list(run.run.groups)] = o + run.value_mean[:, :, None].double()
         return output.view(len(step.query), self.num_heads, self.d)
 
-    def check(self, found: torch.Tensor, step: Step) -> None:
-        """Raises unless the error is at most twice that of the twin in the same dtype, and a rounding."""
-        expected = self.expected(step)
+    def check(self, found: torch.Tensor, step: Step, exact: Step | None = None) -> None:
+        """Raises unless the error is at most twice that of the twin in the same dtype, and a rounding.
+
+        `exact` has q' that were not rounded, where what was found did not come from rounded ones.
+        """
+        expected = self.expected(exact or step)
         plain = (self.twin(step).double() - expected).abs()
         error = (found.double() - expected).abs()
         floor = torch.finfo(self.dtype).eps * expected.abs()

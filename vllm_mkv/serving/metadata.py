@@ -168,6 +168,8 @@ class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):
 
     def _prefills(self, step: CommonAttentionMetadata, first: int) -> tuple[Prefills, ...]:
         """Of the requests from `first` on, as many at once as can be expanded at once."""
+        if first == step.num_reqs:
+            return ()
         bounds = step.seq_lens_cpu_upper_bound
         lengths = [step.max_seq_len] * step.num_reqs if bounds is None else bounds[: step.num_reqs].tolist()
         blocks, found = [-(-length // self.block_size) for length in lengths], []

@@ -10,7 +10,6 @@ from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import check_served, prefill
 from mkv_kernels.fused.store import project_and_store
 from mkv_kernels.fused.table import LayerTable
-from vllm_mkv.serving.workspace import MOST_EXPANDED_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +39,7 @@ class TritonAttention:
         self.window, self.soft_cap = window, soft_cap
         # Of a window, most of what is expanded would not be seen.
         self.expansion = None if window else Expansion.of(self.table)
-        if self.expansion is None or workspace.limits.seq_len > MOST_EXPANDED_TOKENS:
+        if self.expansion is None or not workspace.limits.expands_all:
             check_served(self.table, workspace.dtype)
         workspace.admit(self.table, num_heads, self.expansion)
 

@@ -15,7 +15,6 @@ from mkv_kernels.fused.combine import FEW_ROWS
 from mkv_kernels.fused.store import FEW_TOKENS
 from vllm_mkv.serving.metadata import Prefills, Requests, TritonMetadata
 from vllm_mkv.serving.triton_attention import TritonAttention
-from vllm_mkv.serving.workspace import MOST_EXPANDED_TOKENS
 
 if TYPE_CHECKING:
     from vllm_mkv.serving.attention import MKVAttentionImpl
@@ -79,7 +78,7 @@ def steps(limits: StepLimits, query_heads: int, device: torch.device) -> Iterato
     for tokens in (1, FEW_TOKENS + 1):
         if tokens <= limits.tokens:
             yield _step(tokens, tokens, limits, device, decodes=False)
-            if limits.seq_len > MOST_EXPANDED_TOKENS:
+            if not limits.expands_all:
                 yield _step(tokens, tokens, limits, device, decodes=False, expands=False)
 
 

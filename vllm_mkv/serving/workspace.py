@@ -40,6 +40,11 @@ class StepLimits:
     seq_len: int
     processors: int
 
+    @property
+    def expands_all(self) -> bool:
+        """Whether there is room to expand a request of any length."""
+        return self.seq_len <= MOST_EXPANDED_TOKENS
+
     def expanded_blocks(self, block_size: int) -> int:
         """Room for the context of a request of any length, and for a step's prompts with twice as many tokens."""
         tokens = min(max(self.seq_len, 2 * self.tokens), MOST_EXPANDED_TOKENS)

@@ -217,7 +217,8 @@ def _of_layout(layout: PageLayout, table: LayerTable) -> dict[str, Any]:
     return {
         "shapes": Shapes.of(layout.groups, d),
         "regions": regions_of(layout, device),
-        "work": work_of(layout, device),
+        # Of prefill; nothing decodes over expanded pages.
+        "work": work_of(layout, device, most_splits=1),
     }
 
 

@@ -219,9 +219,7 @@ def check_attention(
             "block table; there must be one of each per request, and one more query start"
         )
     integers = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
-    for name, tensor in integers.items():
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; it should be dense int32")
+    check_integers(integers)
     check_devices({"q'": query, "the cache": cache, "the output": output, **integers}, table)
     return check_cache(cache, table)
 
@@ -238,9 +236,7 @@ def check_expansion(
     """Raises ValueError unless the arguments of `expand` fit each other; the pages of both."""
     check_dtypes({"the cache": cache, "the expanded pages": expanded})
     B, integers = seq_lens.shape[0], {"block_table": block_table, "expanded_table": expanded_table}
-    for name, tensor in {**integers, "seq_lens": seq_lens}.items():
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; it should be dense int32")
+    check_integers({**integers, "seq_lens": seq_lens})
     for name, tensor in integers.items():
         if tensor.shape[0] != B:
             raise ValueError(f"{B} sequence lengths, and {tensor.shape[0]} rows of {name}; there must be one of each")
@@ -305,6 +301,12 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1 or not set(dtypes.values()) <= set(DTYPES):
         raise ValueError(f"dtypes {dtypes}: all must be the same one of {DTYPES}")
+
+
+def check_integers(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}; it should be dense int32")
 
 
 def check_devices(tensors: dict[str, torch.Tensor], table: LayerTable) -> None:

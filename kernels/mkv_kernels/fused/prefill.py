@@ -225,7 +225,7 @@ def prefill(
     if num_requests == 0 or T == 0:
         return
     target = launch.Target.of(_prefill_kernel)
-    check_served(table, query.dtype)
+    launch.check_prefill(table, query.dtype, target)
     folded = table.value_up is None
     shapes = table.shapes
     tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)

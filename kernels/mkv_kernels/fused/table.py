@@ -272,11 +272,11 @@ def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
     return torch.tensor([*coded, *exact, *queries], dtype=torch.int32).reshape(-1, 6)
 
 
-def work_of(layout: PageLayout, device: torch.device) -> dict[int, Work]:
+def work_of(layout: PageLayout, device: torch.device, most_splits: int = MAX_SPLITS) -> dict[int, Work]:
     work, splits = {}, 1
     sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
     heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
-    while splits <= MAX_SPLITS:
+    while splits <= most_splits:
         programs = [
             (group, split, splits, place * splits) for place, group in enumerate(heavy_first) for split in range(splits)
         ]
