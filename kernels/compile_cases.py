@@ -169,14 +169,22 @@ class Known:
 NARROW = "a tile of 16 coordinates or words has fewer than 16 bytes for each of 256 threads"
 ACROSS = "numbers of the thread, from before the loop to behind it"
 MANY = "5 or 6 tiers, and more than 700 columns of values"
+ENDS = "loops over the last tokens, which have masks"
+WARP = "accumulators of one warp, and what its loops have in common, take all registers of a thread"
 SUMS = "a product over 1024 coordinates that is not a loop"
 KNOWN = (
     Known("loads", 2, "*tiers-j8", "*", "*", NARROW),
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
     Known("loads", 4, "*tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
     Known("spills", 8, "tiers-j1-head-256", "prefill", "90", ACROSS),
-    Known("spills", 64, "tiers-j8", "*", "*0*", MANY),
-    Known("moves", 14, "tiers-j8", "*", "*0*", MANY),
+    Known("loads", 2, "tiers-j[12]*", "prefill", "*0*", ENDS),
+    Known("spills", 208, "*", "prefill", "90", ENDS),
+    Known("moves", 10, "*", "prefill", "90", ENDS),
+    Known("spills", 80, "tiers-j1", "prefill", "100", WARP),
+    Known("spills", 72, "*tiers-j[12]*", "attend", "*0*", WARP),
+    Known("moves", 4, "*tiers-j[12]*", "attend", "*0*", WARP),
+    Known("spills", 80, "tiers-j8", "*", "*0*", MANY),
+    Known("moves", 17, "tiers-j8", "*", "*0*", MANY),
     Known("spills", 8, "full-rank-j8", "expand", "100", SUMS),
     Known("moves", 1, "full-rank-j8", "expand", "100", SUMS),
     Known("spills", 16, "narrow-tiers-j8", "*", "[19]0*", MANY),

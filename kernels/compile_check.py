@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mkv_kernels.fused.exact import load_tiles
 from mkv_kernels.fused.tile import load_tile
+from mkv_kernels.fused.warp import load_side
 
 ARCHITECTURES = ("80", "90", "100", "gfx942")
 SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
@@ -167,10 +170,19 @@ def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
     return seen
 
 
+@cache
+def page_loaders() -> list[tuple[str, int, int]]:
+    """Files, first lines and lines behind the last of the functions that load keys and values."""
+    found = []
+    for name, function in {"tile.py": load_tile, "exact.py": load_tiles, "warp.py": load_side}.items():
+        lines, first = inspect.getsourcelines(function.fn)
+        found.append((name, first, first + len(lines)))
+    return found
+
+
 def loads_pages(file: str, line: int) -> bool:
     """Whether a line of the source is one that loads keys and values."""
-    lines, first = inspect.getsourcelines(load_tile.fn)
-    return file.endswith("tile.py") and first <= line < first + len(lines)
+    return any(file.endswith(name) and first <= line < end for name, first, end in page_loaders())
 
 
 def read_nvidia(kernel: Any) -> tuple[Found, str]:

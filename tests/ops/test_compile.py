@@ -34,7 +34,8 @@ def test_decode_and_prefill_meet_the_bar(case: str, kernels: list[str], tmp_path
     rows = json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]
     assert [row["kernel"] for row in rows] == kernels
     for row in rows:
-        assert row["spills"] == 0 and row["shared"] <= 99 * 1024 and not row["beyond"]
+        assert row["shared"] <= 99 * 1024 and not row["beyond"]
+        assert row["spills"] == 0 or any(known.startswith("spills") for known in row["known"])
         if row["kernel"] in ("attend", "prefill"):
             assert row["mma"] > 0 and set(row["loads"]) == {"16"} and 0 < row["loop"] < row["code"]
 

@@ -18,7 +18,8 @@ from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.combine import combine
 from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable
-from mkv_kernels.fused.tile import attend_tokens, tier_of
+from mkv_kernels.fused.tile import attend_tokens, coordinates, parts_of
+from mkv_kernels.fused.warp import attend_in_warp
 
 MAX_QUERIES = 16
 """Queries per request, speculative ones included, up to which this is the kernel to call."""
@@ -64,6 +65,7 @@ def _attend_kernel(
     stride_partial,
     num_programs,
     qk_scale,
+    shifts_ptr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -77,6 +79,7 @@ def _attend_kernel(
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    IN_WARP: tl.constexpr,
 ):
     """exp2(s - m) v', m and total over one split. Shapes, in float32: partial [T, P, J M, R], stats [T, P, J M, 2]."""
     program, request = tl.program_id(0), tl.program_id(1)
@@ -101,30 +104,58 @@ def _attend_kernel(
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
     region_k = regions_ptr + group * (2 * FIELDS)
     region_v = region_k + FIELDS
-    m, total, acc = attend_tokens(
-        query,
-        row_mask,
-        row_last,
-        first,
-        last,
-        (cache_ptr, words_ptr),
-        (stride_cache, stride_words),
-        block_table_ptr + request.to(tl.int64) * stride_table,
-        region_k,
-        region_v,
-        qk_scale,
-        BLOCK_SIZE,
-        M,
-        N,
-        STAGES,
-        PTX,
-        RAISED,
-        KEY,
-        VALUE,
-        PRECISION,
-        WINDOW,
-        SOFT_CAP,
-    )
+    block_table = block_table_ptr + request.to(tl.int64) * stride_table
+    if IN_WARP:
+        m, total, acc = attend_in_warp(
+            shifts_ptr,
+            query,
+            row_mask,
+            row_last,
+            first,
+            last,
+            (cache_ptr, words_ptr),
+            (stride_cache, stride_words),
+            block_table,
+            region_k,
+            region_v,
+            qk_scale,
+            BLOCK_SIZE,
+            M,
+            N,
+            STAGES,
+            PTX,
+            RAISED,
+            KEY,
+            VALUE,
+            PRECISION,
+            WINDOW,
+            SOFT_CAP,
+        )
+    else:
+        m, total, acc = attend_tokens(
+            query,
+            row_mask,
+            row_last,
+            first,
+            last,
+            (cache_ptr, words_ptr),
+            (stride_cache, stride_words),
+            block_table,
+            region_k,
+            region_v,
+            qk_scale,
+            BLOCK_SIZE,
+            M,
+            N,
+            STAGES,
+            PTX,
+            RAISED,
+            KEY,
+            VALUE,
+            PRECISION,
+            WINDOW,
+            SOFT_CAP,
+        )
 
     # Read and derived again: kept through the loop, they would take registers that it needs.
     token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
@@ -135,15 +166,16 @@ def _attend_kernel(
     # A split beyond the request's context says so by m; nobody reads its part.
     if first < last:
         left = acc
+        out = partial_ptr + at * stride_partial
         for tier in tl.static_range(4):
-            if VALUE[0][tier] > 0:
-                _, size, begin = tier_of(region_v, tier)
-                for tile in tl.static_range(0 + VALUE[1][tier]):
-                    col = tile * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
-                    for part in tl.static_range(1 << tier):
-                        to = partial_ptr + (at * stride_partial)[:, None] + (begin + part * size + col)[None, :]
-                        tl.store(to, left[0], mask=row_mask[:, None] & (col < size)[None, :])
-                        left = left[1:]
+            for tile in tl.static_range(0 + VALUE[1][tier]):
+                for part in tl.static_range(parts_of(tier, VALUE[0][tier])):
+                    col, inside = coordinates(region_v, VALUE, tier, tile, part)
+                    if IN_WARP:
+                        tl.store(out[None, :] + col[:, None], left[0], mask=inside[:, None] & row_mask[None, :])
+                    else:
+                        tl.store(out[:, None] + col[None, :], left[0], mask=row_mask[:, None] & inside[None, :])
+                    left = left[1:]
 
 
 @dataclass(frozen=True)
@@ -236,6 +268,8 @@ def decode(
     rows = max_queries * J * M
     target = launch.Target.of(_attend_kernel)
     tiles = launch.Tiles.of_decode(table.shapes, rows, query.element_size(), target)
+    sides = table.shapes.operands if tiles.in_warp else table.shapes
+    assert sides is not None
     on(_attend_kernel, (num_programs, num_requests, triton.cdiv(rows, tiles.rows)))(
         query,
         *shapes.pages,
@@ -254,6 +288,7 @@ def decode(
         table.rank_v,
         num_programs,
         scale * launch.LOG2_E,
+        table.half_shifts,
         BLOCK_SIZE=table.layout.block_size,
         HEADS=J * M,
         FIELDS=SIDE_FIELDS,
@@ -262,11 +297,12 @@ def decode(
         STAGES=tiles.stages,
         PTX=target.unpacks_in_ptx(query.dtype),
         RAISED=target.raises_values(query.dtype),
-        KEY=table.shapes.key.constants,
-        VALUE=table.shapes.value.constants,
+        KEY=sides.key.constants,
+        VALUE=sides.value.constants,
         PRECISION=launch.precision(query.dtype),
         WINDOW=window,
         SOFT_CAP=soft_cap,
+        IN_WARP=tiles.in_warp,
         num_warps=tiles.warps,
     )
     combine(workspace.partial, workspace.stats, table, num_splits, output)

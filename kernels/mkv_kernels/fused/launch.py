@@ -62,6 +62,11 @@ class Target:
         return self.generation in (9, 10)
 
     @property
+    def has_exact_loop(self) -> bool:
+        """Whether prefill attends as `exact` says; data centres' Blackwell's compiler would spill registers."""
+        return self.generation != 10
+
+    @property
     def prefill_bytes(self) -> int:
         """Shared memory that a program of prefill may take; of decode, several should fit."""
         return ROOMY_SHARED_BYTES if self.roomy else SHARED_BYTES
@@ -77,7 +82,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps.
+    """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps; one `in_warp`
+    attends as `warp` says.
 
     The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`), and from times on
     an H100: accumulators of all value columns stay in registers; four warps with 128 rows are faster than eight.
@@ -87,9 +93,12 @@ class Tiles:
     tokens: int
     stages: int
     warps: int
+    in_warp: bool = False
 
     @classmethod
     def of_decode(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
+        if cls._in_warp(shapes, itemsize, target) and (shapes.coded or rows <= 16):
+            return cls._of_warp(shapes, rows)
         if shapes.coded:
             return cls._of_coded(shapes, 16, itemsize, target)
         columns = max(16, shapes.value.columns)
@@ -104,6 +113,8 @@ class Tiles:
     def of_prefill(cls, shapes: Shapes, query_heads: int, itemsize: int, target: Target, *, folded: bool) -> Tiles:
         # A tile holds whole tokens.
         least = power_of_two(query_heads)
+        if shapes.coded and least <= 16 and cls._in_warp(shapes, itemsize, target):
+            return cls._of_warp(shapes, 16)
         if shapes.coded:
             return cls._of_coded(shapes, max(16, least), itemsize, target)
         columns = shapes.value.columns
@@ -123,6 +134,20 @@ class Tiles:
             warps = 8
         return cls(rows, *_tokens(shapes, rows, 32, itemsize, target.prefill_bytes), warps)
 
+    @staticmethod
+    def _in_warp(shapes: Shapes, itemsize: int, target: Target) -> bool:
+        # AMD's operands have 16 columns at least, and NVIDIA's have no tensor cores for float32.
+        return shapes.operands is not None and (not target.backend or (target.backend == "cuda" and itemsize == 2))
+
+    @classmethod
+    def _of_warp(cls, shapes: Shapes, rows: int) -> Tiles:
+        operands = shapes.operands
+        assert operands is not None
+        if rows <= 8:
+            return cls(8, operands.tokens, operands.stages, 1, in_warp=True)
+        # Accumulators of 16 rows, and as many tokens' codes at once, would be more than a thread's registers.
+        return cls(16, 16 if shapes.coded else operands.tokens, operands.stages, 1, in_warp=True)
+
     @classmethod
     def _of_coded(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
         # More rows would share the unpacked codes, but Hopper's products of 64 rows take them from shared memory, where
@@ -135,6 +160,8 @@ class Tiles:
 
 def programs_per_processor(shapes: Shapes) -> int:
     """Programs of decode that a streaming multiprocessor has registers and shared memory for."""
+    if shapes.operands is not None:
+        return 8 if shapes.coded else 4
     if shapes.coded:
         return max(1, 8 // shapes.warps)
     return 4 if shapes.value.columns <= 128 else 2
@@ -186,6 +213,8 @@ def check_cache(cache: torch.Tensor, table: LayerTable) -> Pages:
             f"the cache starts at {cache.data_ptr() % ALIGNMENT} bytes beyond a multiple of {ALIGNMENT} and its blocks "
             f"lie {stride} bytes apart; both must be multiples of {ALIGNMENT}: pad the pages"
         )
+    if stride >= 1 << 32:
+        raise ValueError(f"the cache's blocks lie {stride} bytes apart; kernels take up to 4 GiB: use smaller blocks")
     return Pages((cache, cache.view(torch.int16)), (stride // layout.itemsize, stride // 2))
 
 

@@ -16,8 +16,10 @@ import triton.language as tl
 
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
+from mkv_kernels.fused.exact import attend_exact
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
-from mkv_kernels.fused.tile import attend_tokens, rank_of, tier_of
+from mkv_kernels.fused.tile import attend_tokens, coordinates, parts_of, rank_of
+from mkv_kernels.fused.warp import attend_in_warp
 
 
 @triton.jit
@@ -76,6 +78,7 @@ def _prefill_kernel(
     stride_out_token,
     rank_max,
     qk_scale,
+    shifts_ptr,
     BLOCK_SIZE: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
@@ -94,6 +97,8 @@ def _prefill_kernel(
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    IN_WARP: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Shapes: q [T, G, J, M, R], up [G, J, R, d], mean [G, J, d], out [T, H, d]."""
     # Later queries see more tokens; a launch should not end with them.
@@ -112,30 +117,84 @@ def _prefill_kernel(
         if WINDOW > 0:
             # What the tile's first query sees first, and up to 15 tokens before it.
             first = tl.maximum(context + q_first + 1 - WINDOW, 0) // 16 * 16
-        _, total, acc = attend_tokens(
-            q_ptr + token * stride_q_token + group * stride_q_group + in_group * stride_q_head,
-            row_mask,
-            row_last,
-            first,
-            context + tl.minimum(q_first + QUERIES, q_len),
-            (cache_ptr, words_ptr),
-            (stride_cache, stride_words),
-            block_table_ptr + request.to(tl.int64) * stride_table,
-            region_k,
-            region_v,
-            qk_scale,
-            BLOCK_SIZE,
-            M,
-            N,
-            STAGES,
-            PTX,
-            RAISED,
-            KEY,
-            VALUE,
-            PRECISION,
-            WINDOW,
-            SOFT_CAP,
-        )
+        query = q_ptr + token * stride_q_token + group * stride_q_group + in_group * stride_q_head
+        last = context + tl.minimum(q_first + QUERIES, q_len)
+        block_table = block_table_ptr + request.to(tl.int64) * stride_table
+        if IN_WARP:
+            _, total, acc = attend_in_warp(
+                shifts_ptr,
+                query,
+                row_mask,
+                row_last,
+                first,
+                last,
+                (cache_ptr, words_ptr),
+                (stride_cache, stride_words),
+                block_table,
+                region_k,
+                region_v,
+                qk_scale,
+                BLOCK_SIZE,
+                M,
+                N,
+                STAGES,
+                PTX,
+                RAISED,
+                KEY,
+                VALUE,
+                PRECISION,
+                WINDOW,
+                SOFT_CAP,
+            )
+        elif not EXACT:
+            _, total, acc = attend_tokens(
+                query,
+                row_mask,
+                row_last,
+                first,
+                last,
+                (cache_ptr, words_ptr),
+                (stride_cache, stride_words),
+                block_table,
+                region_k,
+                region_v,
+                qk_scale,
+                BLOCK_SIZE,
+                M,
+                N,
+                STAGES,
+                PTX,
+                RAISED,
+                KEY,
+                VALUE,
+                PRECISION,
+                WINDOW,
+                SOFT_CAP,
+            )
+        else:
+            _, total, acc = attend_exact(
+                query,
+                row_mask,
+                first,
+                context + q_first + 1,
+                last,
+                cache_ptr,
+                stride_cache,
+                block_table,
+                region_k,
+                region_v,
+                qk_scale,
+                BLOCK_SIZE,
+                QUERY_HEADS,
+                M,
+                N,
+                STAGES,
+                KEY,
+                VALUE,
+                PRECISION,
+                WINDOW,
+                SOFT_CAP,
+            )
 
         # Read and derived again: kept through the loop, they would take registers that it needs.
         token, head, row_mask, _, _ = _rows_of(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
@@ -150,36 +209,28 @@ def _prefill_kernel(
         result = tl.zeros([M, D_PADDED], dtype=tl.float32) + mean
         left = acc
         for tier in tl.static_range(4):
-            if VALUE[0][tier] > 0:
-                _, size, begin = tier_of(region_v, tier)
-                for i in tl.static_range(0 + VALUE[1][tier]):
-                    # Products sum over 16 at least: of narrow tiles, parts go in pairs.
-                    for part in tl.static_range(0, 1 << tier, 1 if VALUE[0][tier] >= 16 else 2):
-                        if VALUE[0][tier] >= 16:
-                            o = left[0] * share
-                            col = i * VALUE[0][tier] + tl.arange(0, VALUE[0][tier])
-                            at = begin + part * size + col
-                            left = left[1:]
-                        else:
-                            o = tl.reshape(tl.join(left[0], left[1]), [M, 2 * VALUE[0][tier]]) * share
-                            place = tl.arange(0, 2 * VALUE[0][tier])
-                            col = i * VALUE[0][tier] + place // 2
-                            at = begin + (part + place % 2) * size + col
-                            left = left[2:]
-                        if FOLDED:
-                            o += tl.load(mean_ptr + kv_head * D + at, mask=col < size, other=0.0)[None, :]
-                            tl.store(
-                                out[:, None] + at[None, :],
-                                o.to(out_ptr.dtype.element_ty),
-                                mask=row_mask[:, None] & (col < size)[None, :],
-                            )
-                        elif i * VALUE[0][tier] < size:
-                            b_up = tl.load(
-                                up_ptr + (kv_head.to(tl.int64) * rank_max + at[:, None]) * D + i_d[None, :],
-                                mask=(col < size)[:, None] & (i_d < D)[None, :],
-                                other=0.0,
-                            )  # [C, D]
-                            result = tl.dot(o, b_up, result, input_precision=PRECISION)
+            for i in tl.static_range(0 + VALUE[1][tier]):
+                for part in tl.static_range(parts_of(tier, VALUE[0][tier])):
+                    at, stored = coordinates(region_v, VALUE, tier, i, part)
+                    o = left[0]
+                    if IN_WARP:
+                        o = tl.trans(o)
+                    o = o * share
+                    left = left[1:]
+                    if FOLDED:
+                        o += tl.load(mean_ptr + kv_head * D + at, mask=stored, other=0.0)[None, :]
+                        tl.store(
+                            out[:, None] + at[None, :],
+                            o.to(out_ptr.dtype.element_ty),
+                            mask=row_mask[:, None] & stored[None, :],
+                        )
+                    elif i * VALUE[0][tier] < tl.load(region_v + 2 * tier + 1):
+                        b_up = tl.load(
+                            up_ptr + (kv_head.to(tl.int64) * rank_max + at[:, None]) * D + i_d[None, :],
+                            mask=stored[:, None] & (i_d < D)[None, :],
+                            other=0.0,
+                        )  # [C, D]
+                        result = tl.dot(o, b_up, result, input_precision=PRECISION)
         inside = i_d < D
         if FOLDED:
             # A coordinate that is not stored counts as its mean.
@@ -229,6 +280,8 @@ def prefill(
     folded = table.value_up is None
     shapes = table.shapes
     tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)
+    sides = shapes.operands if tiles.in_warp else shapes
+    assert sides is not None
     queries = tiles.rows // M
     on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
         query,
@@ -250,6 +303,7 @@ def prefill(
         output.stride(0),
         table.rank_v,
         scale * launch.LOG2_E,
+        table.half_shifts,
         BLOCK_SIZE=table.layout.block_size,
         GROUP_HEADS=table.group_heads,
         QUERY_HEADS=M,
@@ -260,13 +314,15 @@ def prefill(
         STAGES=tiles.stages,
         PTX=target.unpacks_in_ptx(query.dtype),
         RAISED=target.raises_values(query.dtype),
-        KEY=shapes.key.constants,
-        VALUE=shapes.value.constants,
+        KEY=sides.key.constants,
+        VALUE=sides.value.constants,
         D=d,
         D_PADDED=power_of_two(d),
         FOLDED=folded,
         PRECISION=launch.precision(query.dtype),
         WINDOW=window,
         SOFT_CAP=soft_cap,
+        IN_WARP=tiles.in_warp,
+        EXACT=not shapes.coded and target.has_exact_loop,
         num_warps=tiles.warps,
     )

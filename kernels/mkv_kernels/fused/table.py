@@ -91,20 +91,53 @@ def _tiles(most: int, chunk: int) -> int:
     return next(step for step in _STEPS if step >= -(-most // chunk))
 
 
-CODED_TILES = ((8, 1, 32, 224), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
+CODED_TILES = ((16, 1, 32, 224), (32, 4, 64, 640), (32, 8, 64, 1 << 30))
 """For layers with codes: least words of a tier of values that are loaded at once, warps, tokens, and columns of values
 up to which these are taken. Warps share the columns, 8 words at least each, and accumulators of 16 rows of queries stay
 in registers: where there are few columns, more warps would unpack what others do."""
 
 
+MOST_WARP_COLUMNS = 224
+"""Columns of values whose accumulators one warp has registers for."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What `warp` is compiled for: sides in tiles of 8 words or more, tokens at once, and stages of their loads.
+
+    The latter two follow from times on an H200.
+    """
+
+    key: SideShape
+    value: SideShape
+    tokens: int
+    stages: int
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupLayout], head_size: int) -> Operands | None:
+        """None for layers of more columns."""
+        sides = [group.key for group in groups], [group.value for group in groups]
+        key, value = (SideShape.of(side, head_size, 8) for side in sides)
+        if value.columns > MOST_WARP_COLUMNS:
+            return None
+        if any(key.chunks[1:]) or any(value.chunks[1:]):
+            # 8 bits take most instructions; beyond some, a loop is slower for its length.
+            return cls(key, value, 32 if key.chunks[1] or value.chunks[1] else 64, 2)
+        return cls(key, value, 64 if max(key.columns, value.columns) <= 64 else 32, 3)
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """What is compiled into a kernel for some groups; where there are codes, warps and tokens too: `CODED_TILES`."""
+    """What is compiled into a kernel for some groups; where there are codes, warps and tokens too: `CODED_TILES`.
+
+    operands: what decode takes instead where there are few rows of queries.
+    """
 
     key: SideShape
     value: SideShape
     warps: int
     tokens: int
+    operands: Operands | None
 
     @property
     def coded(self) -> bool:
@@ -117,7 +150,7 @@ class Shapes:
         for words, warps, tokens, columns in CODED_TILES:
             value = SideShape.of(values, head_size, words)
             if value.columns <= columns:
-                return cls(key, value, warps, tokens)
+                return cls(key, value, warps, tokens, Operands.of(groups, head_size))
         raise AssertionError("the last of CODED_TILES has room for all")
 
 
@@ -155,6 +188,7 @@ class LayerTable:
         value_mean:  [G, J, d]
         items:       per number of columns, [I, 6] int32: the store's work, see `_items`
         work:        per number of splits, the decode's
+        half_shifts: [16] int32, how far either half of an operand's words is shifted, see `warp`
     """
 
     layout: PageLayout
@@ -171,6 +205,7 @@ class LayerTable:
     value_mean: torch.Tensor
     items: dict[int, torch.Tensor]
     work: dict[int, Work]
+    half_shifts: torch.Tensor
 
     @classmethod
     def build(cls, bases: LayerBases) -> LayerTable:
@@ -199,6 +234,7 @@ class LayerTable:
             value_mean=padded("value_mean", -1, runs[0].value_mean.shape[-1]),
             items={columns: _items(layout, bases.group_heads, columns).to(device) for columns in ITEM_COLUMNS},
             work=work_of(layout, device),
+            half_shifts=torch.tensor([0] * 8 + [8] * 8, dtype=torch.int32, device=device),
         )
 
     @property

@@ -54,6 +54,37 @@ def rank_of(region):
     return rank
 
 
+@triton.constexpr_function
+def rows_of(chunk: int) -> int:
+    """Rows of an operand of so many words or coordinates."""
+    return max(16, chunk)
+
+
+@triton.constexpr_function
+def parts_of(tier: int, chunk: int) -> int:
+    """Operands that a tile of words is unpacked to."""
+    return (1 << tier) // (2 if chunk == 8 else 1)
+
+
+@triton.jit
+def places(SIDE: tl.constexpr, TIER: tl.constexpr, TILE: tl.constexpr):
+    """Of an operand's rows, [C]: word or coordinate of the tier, and the half of the word, 0 or 1."""
+    row = tl.arange(0, rows_of(SIDE[0][TIER]))
+    if SIDE[0][TIER] == 8:
+        col, half = TILE * 8 + row % 8, row // 8
+    else:
+        col, half = TILE * SIDE[0][TIER] + row, row * 0
+    return col, half
+
+
+@triton.jit
+def coordinates(region, SIDE: tl.constexpr, TIER: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr):
+    """Of an operand's rows, [C]: coordinate of the group, and whether the group has it."""
+    _, size, begin = tier_of(region, TIER)
+    col, half = places(SIDE, TIER, TILE)
+    return begin + (PART + half * ((1 << TIER) // 2)) * size + col, col < size
+
+
 @triton.jit
 def scales_at(page, region):
     """Where the scales of a page of words begin, if the group has any."""

@@ -98,6 +98,18 @@ def unpacked(
 
 
 @triton.jit
+def shifted(packed, bits, PTX: tl.constexpr):
+    """Words shifted down by `bits`, of which two neighbours in memory have the same; above may be anything."""
+    if PTX:
+        packed = tl.inline_asm_elementwise(
+            "shr.b32 $0, $1, $2;", "=r,r,r,r", [packed, bits], dtype=tl.int16, is_pure=True, pack=2
+        )
+    else:
+        packed = (packed.to(tl.int32) >> bits).to(tl.int16)
+    return packed
+
+
+@triton.jit
 def scale_codes(scales):
     """See `codes.scale_codes`: float32 between the least and the largest scale to uint8."""
     bits = scales.to(tl.float16).to(tl.int16, bitcast=True)
