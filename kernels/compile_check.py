@@ -173,11 +173,9 @@ def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
 @cache
 def page_loaders() -> list[tuple[str, int, int]]:
     """Files, first lines and lines behind the last of the functions that load keys and values."""
-    found = []
-    for name, function in {"tile.py": load_tile, "exact.py": load_tiles, "warp.py": load_side}.items():
-        lines, first = inspect.getsourcelines(function.fn)
-        found.append((name, first, first + len(lines)))
-    return found
+    loaders = (("tile.py", load_tile), ("exact.py", load_tiles), ("warp.py", load_side))
+    sources = ((name, *inspect.getsourcelines(function.fn)) for name, function in loaders)
+    return [(name, first, first + len(lines)) for name, lines, first in sources]
 
 
 def loads_pages(file: str, line: int) -> bool:

@@ -18,8 +18,8 @@ from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.combine import combine
 from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable
-from mkv_kernels.fused.tile import attend_tokens, coordinates, parts_of
-from mkv_kernels.fused.warp import attend_in_warp
+from mkv_kernels.fused.tile import coordinates, parts_of
+from mkv_kernels.fused.warp import attend
 
 MAX_QUERIES = 16
 """Queries per request, speculative ones included, up to which this is the kernel to call."""
@@ -105,57 +105,32 @@ def _attend_kernel(
     region_k = regions_ptr + group * (2 * FIELDS)
     region_v = region_k + FIELDS
     block_table = block_table_ptr + request.to(tl.int64) * stride_table
-    if IN_WARP:
-        m, total, acc = attend_in_warp(
-            shifts_ptr,
-            query,
-            row_mask,
-            row_last,
-            first,
-            last,
-            (cache_ptr, words_ptr),
-            (stride_cache, stride_words),
-            block_table,
-            region_k,
-            region_v,
-            qk_scale,
-            BLOCK_SIZE,
-            M,
-            N,
-            STAGES,
-            PTX,
-            RAISED,
-            KEY,
-            VALUE,
-            PRECISION,
-            WINDOW,
-            SOFT_CAP,
-        )
-    else:
-        m, total, acc = attend_tokens(
-            query,
-            row_mask,
-            row_last,
-            first,
-            last,
-            (cache_ptr, words_ptr),
-            (stride_cache, stride_words),
-            block_table,
-            region_k,
-            region_v,
-            qk_scale,
-            BLOCK_SIZE,
-            M,
-            N,
-            STAGES,
-            PTX,
-            RAISED,
-            KEY,
-            VALUE,
-            PRECISION,
-            WINDOW,
-            SOFT_CAP,
-        )
+    m, total, acc = attend(
+        shifts_ptr,
+        query,
+        row_mask,
+        row_last,
+        first,
+        last,
+        (cache_ptr, words_ptr),
+        (stride_cache, stride_words),
+        block_table,
+        region_k,
+        region_v,
+        qk_scale,
+        BLOCK_SIZE,
+        M,
+        N,
+        STAGES,
+        PTX,
+        RAISED,
+        KEY,
+        VALUE,
+        PRECISION,
+        WINDOW,
+        SOFT_CAP,
+        IN_WARP,
+    )
 
     # Read and derived again: kept through the loop, they would take registers that it needs.
     token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)

@@ -18,8 +18,8 @@ from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.exact import attend_exact
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
-from mkv_kernels.fused.tile import attend_tokens, coordinates, parts_of, rank_of
-from mkv_kernels.fused.warp import attend_in_warp
+from mkv_kernels.fused.tile import coordinates, parts_of, rank_of
+from mkv_kernels.fused.warp import attend
 
 
 @triton.jit
@@ -120,8 +120,8 @@ def _prefill_kernel(
         query = q_ptr + token * stride_q_token + group * stride_q_group + in_group * stride_q_head
         last = context + tl.minimum(q_first + QUERIES, q_len)
         block_table = block_table_ptr + request.to(tl.int64) * stride_table
-        if IN_WARP:
-            _, total, acc = attend_in_warp(
+        if not EXACT:
+            _, total, acc = attend(
                 shifts_ptr,
                 query,
                 row_mask,
@@ -145,31 +145,7 @@ def _prefill_kernel(
                 PRECISION,
                 WINDOW,
                 SOFT_CAP,
-            )
-        elif not EXACT:
-            _, total, acc = attend_tokens(
-                query,
-                row_mask,
-                row_last,
-                first,
-                last,
-                (cache_ptr, words_ptr),
-                (stride_cache, stride_words),
-                block_table,
-                region_k,
-                region_v,
-                qk_scale,
-                BLOCK_SIZE,
-                M,
-                N,
-                STAGES,
-                PTX,
-                RAISED,
-                KEY,
-                VALUE,
-                PRECISION,
-                WINDOW,
-                SOFT_CAP,
+                IN_WARP,
             )
         else:
             _, total, acc = attend_exact(

@@ -21,6 +21,7 @@ import triton.language as tl
 from mkv_kernels.fused.tile import (
     ALIKE,
     MOST_RAISED,
+    attend_tokens,
     capped,
     coordinates,
     parts_of,
@@ -191,7 +192,7 @@ def values_of_tile(
     acc, words, shifts, p, p_scaled, VALUE: tl.constexpr, TIER: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
     RAISED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + v' p of one tile of 16 tokens' values, by part."""
+    """acc + v' p of one tile of N tokens' values, by part."""
     x = words_of(words, shifts, VALUE, TIER, PTX)
     added = ()
     for part in tl.static_range(parts_of(TIER, VALUE[0][TIER])):
@@ -329,3 +330,45 @@ def attend_in_warp(
     if CODED_V and RAISED:
         acc = without_excess(acc, tl.max(alike, 0) / ALIKE, VALUE, DTYPE)
     return m * factor, tl.sum(total, 0), acc
+
+
+@triton.jit
+def attend(
+    shifts_ptr,
+    query,
+    row_mask,
+    row_last,
+    first,
+    last,
+    pages,
+    strides,
+    block_table,
+    region_k,
+    region_v,
+    qk_scale,
+    BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    RAISED: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    IN_WARP: tl.constexpr,
+):
+    """`attend_in_warp` or `tile.attend_tokens`, of the same arguments; `shifts_ptr` is to `LayerTable.half_shifts`."""
+    if IN_WARP:
+        m, total, acc = attend_in_warp(
+            shifts_ptr, query, row_mask, row_last, first, last, pages, strides, block_table, region_k,
+            region_v, qk_scale, BLOCK_SIZE, M, N, STAGES, PTX, RAISED, KEY, VALUE, PRECISION, WINDOW,
+            SOFT_CAP,
+        )  # fmt: skip
+    else:
+        m, total, acc = attend_tokens(
+            query, row_mask, row_last, first, last, pages, strides, block_table, region_k, region_v,
+            qk_scale, BLOCK_SIZE, M, N, STAGES, PTX, RAISED, KEY, VALUE, PRECISION, WINDOW, SOFT_CAP,
+        )  # fmt: skip
+    return m, total, acc
