@@ -17,6 +17,7 @@ import triton.language as tl
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.combine import combine
+from mkv_kernels.fused.integer import attend_codes, store_sums
 from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable
 from mkv_kernels.fused.tile import coordinates, parts_of
 from mkv_kernels.fused.warp import attend
@@ -38,6 +39,25 @@ def _rows_of(query_start_loc_ptr, HEADS: tl.constexpr, M: tl.constexpr):
     rows = tl.program_id(2) * M + tl.arange(0, M)
     q_index = rows // HEADS
     return (q_start + q_index).to(tl.int64), rows % HEADS, q_index < q_len, q_index, q_len
+
+
+@triton.jit
+def _stretch_of(programs_ptr, seq_len, q_len, N: tl.constexpr, WINDOW: tl.constexpr):
+    """Tokens of a program's split, [first, last)."""
+    program = tl.program_id(0)
+    split = tl.load(programs_ptr + 4 * program + 1)
+    num_splits = tl.load(programs_ptr + 4 * program + 2)
+    seen = 0
+    if WINDOW > 0:
+        seen = tl.maximum(seq_len - q_len + 1 - WINDOW, 0)
+    # From a multiple of 16 on; the first split has what is seen before it, and up to 15 tokens that are not.
+    begin = tl.cdiv(seen, 16) * 16
+    tokens = tl.cdiv(tl.cdiv(seq_len - begin, N), num_splits) * N
+    first = begin + split * tokens
+    last = tl.minimum(first + tokens, seq_len)
+    if WINDOW > 0:
+        first = tl.where(split == 0, seen // 16 * 16, first)
+    return first, last
 
 
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
@@ -84,22 +104,9 @@ def _attend_kernel(
     """exp2(s - m) v', m and total over one split. Shapes, in float32: partial [T, P, J M, R], stats [T, P, J M, 2]."""
     program, request = tl.program_id(0), tl.program_id(1)
     group = tl.load(programs_ptr + 4 * program)
-    split = tl.load(programs_ptr + 4 * program + 1)
-    num_splits = tl.load(programs_ptr + 4 * program + 2)
     seq_len = tl.load(seq_lens_ptr + request)
     token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
-
-    seen = 0
-    if WINDOW > 0:
-        seen = tl.maximum(seq_len - q_len + 1 - WINDOW, 0)
-    # From a multiple of 16 on; the first split has what is seen before it, and up to 15 tokens that are not.
-    begin = tl.cdiv(seen, 16) * 16
-    tokens = tl.cdiv(tl.cdiv(seq_len - begin, N), num_splits) * N
-    first = begin + split * tokens
-    last = tl.minimum(first + tokens, seq_len)
-    if WINDOW > 0:
-        first = tl.where(split == 0, seen // 16 * 16, first)
-
+    first, last = _stretch_of(programs_ptr, seq_len, q_len, N, WINDOW)
     row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
     region_k = regions_ptr + group * (2 * FIELDS)
@@ -151,6 +158,96 @@ def _attend_kernel(
                     else:
                         tl.store(out[:, None] + col[None, :], left[0], mask=row_mask[:, None] & inside[None, :])
                     left = left[1:]
+
+
+# As above.
+@triton.jit(
+    do_not_specialize=["num_programs", "stride_table"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
+def _attend_codes_kernel(
+    q_ptr,
+    cache_ptr,
+    words_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    programs_ptr,
+    regions_ptr,
+    partial_ptr,
+    stats_ptr,
+    stride_q_token,
+    stride_q_group,
+    stride_q_head,
+    stride_cache,
+    stride_words,
+    stride_table,
+    stride_partial,
+    num_programs,
+    qk_scale,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    EXACT_KEY: tl.constexpr,
+    EXACT_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """What `_attend_kernel` does, by products of integers."""
+    program, request = tl.program_id(0), tl.program_id(1)
+    group = tl.load(programs_ptr + 4 * program)
+    seq_len = tl.load(seq_lens_ptr + request)
+    token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
+    first, last = _stretch_of(programs_ptr, seq_len, q_len, N, WINDOW)
+    row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
+    query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
+    region_k = regions_ptr + group * (2 * FIELDS)
+    m, total, sums, weight, acc = attend_codes(
+        query,
+        row_mask,
+        row_last,
+        first,
+        last,
+        (cache_ptr, words_ptr),
+        (stride_cache, stride_words),
+        block_table_ptr + request.to(tl.int64) * stride_table,
+        region_k,
+        region_k + FIELDS,
+        qk_scale,
+        BLOCK_SIZE,
+        M,
+        N,
+        STAGES,
+        PTX,
+        KEY,
+        VALUE,
+        EXACT_KEY,
+        EXACT_VALUE,
+        PRECISION,
+        WINDOW,
+        SOFT_CAP,
+    )
+
+    # See `_attend_kernel`.
+    token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
+    region_v = regions_ptr + tl.load(programs_ptr + 4 * program, volatile=True) * (2 * FIELDS) + FIELDS
+    at = (token * num_programs + program) * HEADS + head
+    tl.store(stats_ptr + 2 * at, m, mask=row_mask)
+    tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
+    if first < last:
+        out = partial_ptr + at * stride_partial
+        store_sums(out, row_mask, region_v, sums, weight, VALUE)
+        for tile in tl.static_range(0 + EXACT_VALUE[1][0]):
+            col, inside = coordinates(region_v, EXACT_VALUE, 0, tile, 0)
+            o, _ = tl.split(tl.reshape(acc[tile], [0 + EXACT_VALUE[0][0], M, 2]))
+            tl.store(out[None, :] + col[:, None], o, mask=inside[:, None] & row_mask[None, :])
 
 
 @dataclass(frozen=True)
@@ -243,9 +340,8 @@ def decode(
     rows = max_queries * J * M
     target = launch.Target.of(_attend_kernel)
     tiles = launch.Tiles.of_decode(table.shapes, rows, query.element_size(), target)
-    sides = table.shapes.operands if tiles.in_warp else table.shapes
-    assert sides is not None
-    on(_attend_kernel, (num_programs, num_requests, triton.cdiv(rows, tiles.rows)))(
+    grid = (num_programs, num_requests, triton.cdiv(rows, tiles.rows))
+    arguments = (
         query,
         *shapes.pages,
         block_table,
@@ -263,21 +359,41 @@ def decode(
         table.rank_v,
         num_programs,
         scale * launch.LOG2_E,
-        table.half_shifts,
-        BLOCK_SIZE=table.layout.block_size,
-        HEADS=J * M,
-        FIELDS=SIDE_FIELDS,
-        M=tiles.rows,
-        N=tiles.tokens,
-        STAGES=tiles.stages,
-        PTX=target.unpacks_in_ptx(query.dtype),
-        RAISED=target.raises_values(query.dtype),
-        KEY=sides.key.constants,
-        VALUE=sides.value.constants,
-        PRECISION=launch.precision(query.dtype),
-        WINDOW=window,
-        SOFT_CAP=soft_cap,
-        IN_WARP=tiles.in_warp,
-        num_warps=tiles.warps,
     )
+    constants = {
+        "BLOCK_SIZE": table.layout.block_size,
+        "HEADS": J * M,
+        "FIELDS": SIDE_FIELDS,
+        "M": tiles.rows,
+        "N": tiles.tokens,
+        "STAGES": tiles.stages,
+        "PTX": target.unpacks_in_ptx(query.dtype),
+        "PRECISION": launch.precision(query.dtype),
+        "WINDOW": window,
+        "SOFT_CAP": soft_cap,
+        "num_warps": tiles.warps,
+    }
+    if tiles.in_integers:
+        integers = table.shapes.integers
+        assert integers is not None
+        on(_attend_codes_kernel, grid)(
+            *arguments,
+            KEY=integers.key.constants,
+            VALUE=integers.value.constants,
+            EXACT_KEY=integers.key.exact.constants,
+            EXACT_VALUE=integers.value.exact.constants,
+            **constants,
+        )
+    else:
+        sides = table.shapes.operands if tiles.in_warp else table.shapes
+        assert sides is not None
+        on(_attend_kernel, grid)(
+            *arguments,
+            table.half_shifts,
+            RAISED=target.raises_values(query.dtype),
+            KEY=sides.key.constants,
+            VALUE=sides.value.constants,
+            IN_WARP=tiles.in_warp,
+            **constants,
+        )
     combine(workspace.partial, workspace.stats, table, num_splits, output)

@@ -94,9 +94,15 @@ class Tiles:
     stages: int
     warps: int
     in_warp: bool = False
+    in_integers: bool = False
 
     @classmethod
     def of_decode(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
+        integers = shapes.integers
+        if integers is not None and rows <= 8 and itemsize == 2 and target.backend in ("", "cuda"):
+            taken = 4 if rows <= 4 else 8
+            if integers.fits(taken):
+                return cls(taken, integers.tokens, integers.stages, 1, in_integers=True)
         if cls._in_warp(shapes, itemsize, target) and (shapes.coded or rows <= 16):
             return cls._of_warp(shapes, rows)
         if shapes.coded:

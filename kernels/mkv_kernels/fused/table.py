@@ -33,6 +33,8 @@ tokens are enough for every thread to load 16 bytes, and heads are not large, fo
 """
 LOADED_WORDS = (16, 32)
 """Words of a coded tier per token that are loaded at once: the more where padding does not grow by it."""
+KEY_WORDS, VALUE_WORDS = 32, 16
+"""Words of all coded tiers that `integer` loads at once: what its products sum over, and rows of them."""
 QUERY, KEY, VALUE = 0, 1, 2
 """What an item of the store's work projects."""
 
@@ -126,11 +128,76 @@ class Operands:
         return cls(key, value, 64 if max(key.columns, value.columns) <= 64 else 32, 3)
 
 
+MOST_SUMS = 64
+"""Registers per thread that sums of values may take in `integer`."""
+
+
+@dataclass(frozen=True)
+class WordShape:
+    """Maxima of the words of one side over a layer's groups, which `integer` is compiled for.
+
+    tiles: of so many words that hold all tiers' of every group.
+    quarters: how many of them have codes of 2 bits.
+    certain: how many every group has something of.
+    exact: the 16-bit tier.
+    """
+
+    tiles: int
+    quarters: int
+    certain: int
+    exact: SideShape
+
+    @classmethod
+    def of(cls, sides: list[SideLayout], head_size: int, words: int) -> WordShape:
+        sizes = [tier_sizes(side) for side in sides]
+        counts = [sum(size[1:]) for size in sizes]
+        whole = SideShape.of(sides, head_size)
+        exact = SideShape(*((numbers[0], 0, 0, 0) for numbers in whole.constants))
+        tiles, quarters = -(-max(counts) // words), -(-max(size[3] for size in sizes) // words)
+        return cls(tiles, quarters, -(-min(counts) // words), exact)
+
+    @property
+    def fields(self) -> int:
+        """Of a byte of every tile, together."""
+        return 2 * (self.tiles + self.quarters)
+
+    @property
+    def constants(self) -> tuple[int, int, int]:
+        """As the kernels take them."""
+        return (self.tiles, self.quarters, self.certain)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What `integer` is compiled for: sides in tiles of `KEY_WORDS` and `VALUE_WORDS`, tokens at once, and stages."""
+
+    key: WordShape
+    value: WordShape
+    tokens: int
+    stages: int
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupLayout], head_size: int) -> Integers | None:
+        """None for layers without codes."""
+        key = WordShape.of([group.key for group in groups], head_size, KEY_WORDS)
+        value = WordShape.of([group.value for group in groups], head_size, VALUE_WORDS)
+        return cls(key, value, 32, 2) if key.tiles or value.tiles else None
+
+    def fits(self, rows: int) -> bool:
+        """Whether a warp has registers for so many rows of queries."""
+        return self.registers(rows) <= MOST_SUMS
+
+    def registers(self, rows: int) -> int:
+        """Of a thread, that sums of values and queries take."""
+        sums = 2 * self.value.fields * VALUE_WORDS * rows // 32 + self.value.exact.columns * 2 * rows // 32
+        return sums
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What is compiled into a kernel for some groups; where there are codes, warps and tokens too: `CODED_TILES`.
 
-    operands: what decode takes instead where there are few rows of queries.
+    operands, integers: what decode takes instead where there are few rows of queries.
     """
 
     key: SideShape
@@ -138,6 +205,7 @@ class Shapes:
     warps: int
     tokens: int
     operands: Operands | None
+    integers: Integers | None
 
     @property
     def coded(self) -> bool:
@@ -150,7 +218,9 @@ class Shapes:
         for words, warps, tokens, columns in CODED_TILES:
             value = SideShape.of(values, head_size, words)
             if value.columns <= columns:
-                return cls(key, value, warps, tokens, Operands.of(groups, head_size))
+                return cls(
+                    key, value, warps, tokens, Operands.of(groups, head_size), Integers.of(groups, head_size)
+                )
         raise AssertionError("the last of CODED_TILES has room for all")
 
 

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one warp over codes, by products of 8-bit integers: few query rows, a latent group of few columns.
+
+What `warp` does, but that codes are never turned into 16-bit numbers: a register holds four of them where it would hold
+two, masking takes one instruction for four, and half as many products do.
+
+What multiplies codes has 16 bits, in two columns of 8: a number n is 256 high + low, both signed bytes. The operands
+have 8 columns at least, decode rarely has more than 4 query heads, so that these columns cost nothing. Queries become
+such numbers once, by the largest of each row; weights of values do so tile by tile, by the largest of the tile and row,
+so that a token of much weight takes no precision from those of other tiles. Sums are exact.
+
+Codes are fields of a byte, taken where they lie, without shifts:
+
+    low     byte & 0x0f              two codes of 2 bits, one of 4, or half of one of 8
+    high    (byte & 0xf0) ^ 0x80     the same of the upper ones times 16, less 128, so that it is a signed byte
+    first   byte & 0x03              where there are codes of 2 bits: the lower code of `low`
+    third   byte & 0x30              and that of `high`
+
+An odd integer is a sum of these times constants, and a constant: those are in the queries' weights and in what is taken
+of accumulators at the end. Words of all tiers lie one after the other, and are taken from the last one on: those of 2
+bits, which need all four fields, are then the first; tiles are full whatever the tiers' sizes.
+
+Legend: R query rows, N tokens, W words. A "region" is a side's row of `table.regions`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mkv_kernels.fused import table
+from mkv_kernels.fused.tile import capped, scales_of
+from mkv_kernels.fused.warp import (
+    by_token,
+    load_blocks,
+    load_queries,
+    load_scales,
+    load_side,
+    no_values,
+    scaled,
+)
+
+KEY_WORDS, VALUE_WORDS = tl.constexpr(table.KEY_WORDS), tl.constexpr(table.VALUE_WORDS)
+LOW, HIGH, FIRST, THIRD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+WORTH = tl.constexpr(1 / 32639)
+"""Of one, where the largest number is 1: two signed bytes make up to 127 * 256 + 127."""
+ROUNDER = tl.constexpr(12582912.0 + 128.0)
+"""Added to a float32 of less than 2^22, rounds it, and leaves the integer, plus 128, in the lowest 16 bits."""
+LEAST = tl.constexpr(1e-30)
+"""What takes the place of a largest number of 0."""
+
+_MASKS = tl.constexpr((0x0F, -0x10, 0x03, 0x30))
+
+
+@triton.constexpr_function
+def _field_ptx(field: int) -> str:
+    mask = ("0x0f0f0f0f", "0xf0f0f0f0", "0x03030303", "0x30303030")[field]
+    return f"lop3.b32 $0, $1, {mask}, 0x80808080, 0x6a;" if field == 1 else f"and.b32 $0, $1, {mask};"
+
+
+@triton.jit
+def bytes_of(words, HALF: tl.constexpr, PTX: tl.constexpr):
+    """The lower or the upper bytes of words."""
+    if PTX:
+        order: tl.constexpr = "prmt.b32 $0, $1, $2, 0x6420;" if HALF == 0 else "prmt.b32 $0, $1, $2, 0x7531;"
+        halves = tl.inline_asm_elementwise(order, "=r,r,r", [words], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        halves = (words >> (8 * HALF)).to(tl.int8)
+    return halves
+
+
+@triton.jit
+def field_of(codes, FIELD: tl.constexpr, PTX: tl.constexpr):
+    """See the module's docstring; bytes to signed bytes."""
+    if PTX:
+        field = tl.inline_asm_elementwise(_field_ptx(FIELD), "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+    elif FIELD == HIGH:
+        field = (codes & _MASKS[FIELD]) ^ -0x80
+    else:
+        field = codes & _MASKS[FIELD]
+    return field
+
+
+@triton.constexpr_function
+def fields_of(quarters: int, tile: int) -> int:
+    """How many fields a tile's bytes have, where so many of the first tiles have codes of 2 bits."""
+    return 4 if tile < quarters else 2
+
+
+@triton.jit
+def rounded(x, by):
+    """x by, rounded to integers between -32639 and 32639, as `columns` and `whole` take them."""
+    return x * by + ROUNDER
+
+
+@triton.jit
+def columns(x, ROWS: tl.constexpr, R: tl.constexpr):
+    """[ROWS, R] of `rounded` to signed bytes [ROWS, 2 R]: 256 high + low, in this order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.reshape(tl.join((bits >> 8).to(tl.int8), (bits ^ 0x80).to(tl.int8)), [ROWS, 2 * R])
+
+
+@triton.jit
+def whole(x):
+    return x - ROUNDER
+
+
+@triton.jit
+def joined(products, ROWS: tl.constexpr, R: tl.constexpr):
+    """Products with `columns`, int32 [ROWS, 2 R] to float32 [ROWS, R]."""
+    high, low = tl.split(tl.reshape(products, [ROWS, R, 2]))
+    return (high * 256 + low).to(tl.float32)
+
+
+@triton.jit
+def words_of(region):
+    """Where a side's words begin in a page of words; how many there are of each tier; coordinates before them."""
+    words_8, words_4, words_2 = tl.load(region + 3), tl.load(region + 5), tl.load(region + 7)
+    at = tl.load(region + 6)
+    at = tl.where(words_4 > 0, tl.load(region + 4), at)
+    at = tl.where(words_8 > 0, tl.load(region + 2), at)
+    return tl.multiple_of(at & 0x3FFFFFFF, 8), words_8, words_4, words_2, tl.load(region + 1)
+
+
+@triton.jit
+def tiers_of(word, region):
+    """Of a side's words from the last one on: whether they are of 8, 4 and 2 bits."""
+    _, words_8, words_4, words_2, _ = words_of(region)
+    is_2 = word < words_2
+    is_4 = (word < words_2 + words_4) & (word >= words_2)
+    is_8 = (word < words_2 + words_4 + words_8) & (word >= words_2 + words_4)
+    return is_8, is_4, is_2
+
+
+@triton.jit
+def coordinates_of(word, region, HALF: tl.constexpr, CODE: tl.constexpr):
+    """Of a side's words from the last one on: coordinate of a byte's code, counted from the lowest, and whether it has
+    so many."""
+    _, words_8, words_4, words_2, exact = words_of(region)
+    is_8, is_4, is_2 = tiers_of(word, region)
+    place = words_8 + words_4 + words_2 - 1 - word
+    col = exact + 2 * words_8 + 4 * words_4 + (4 * HALF + CODE) * words_2 + place - words_8 - words_4
+    inside = is_2
+    if CODE < 2:
+        col = tl.where(is_4, exact + 2 * words_8 + (2 * HALF + CODE) * words_4 + place - words_8, col)
+        inside = inside | is_4
+    if CODE < 1:
+        col = tl.where(is_8, exact + HALF * words_8 + place, col)
+        inside = inside | is_8
+    return col, inside
+
+
+@triton.jit
+def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
+    """What fields of keys are multiplied by, [KEY_WORDS, R] by tile, half and field; and the constant of the scores, [R].
+
+    Shapes: query [R] pointers.
+    """
+    weights = ()
+    constant = tl.zeros([R], dtype=tl.float32)
+    for tile in tl.static_range(0 + KEY[0]):
+        word = tile * KEY_WORDS + tl.arange(0, KEY_WORDS)
+        is_8, is_4, is_2 = tiers_of(word, region)
+        eight, four, two = is_8[:, None], is_4[:, None], is_2[:, None]
+        for half in tl.static_range(2):
+            q = ()
+            for code in tl.static_range(fields_of(KEY[1], tile)):
+                col, inside = coordinates_of(word, region, half, code)
+                b_q = tl.load(query[None, :] + col[:, None], mask=inside[:, None] & row_mask[None, :], other=0.0)
+                q = q + (b_q.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            low = tl.where(two, q[1] * 0.5, q[0] * 2.0)
+            high = tl.where(four, q[1] * 0.125, q[0] * 2.0)
+            rest = tl.where(four, q[1] - 15.0 * q[0], q[0])
+            if tile < KEY[1]:
+                high = tl.where(two, q[3] * 0.03125, high)
+                rest = tl.where(two, q[3] - 3.0 * (q[0] + q[1] + q[2]), rest)
+            weights = weights + (low, high)  # type: ignore[assignment]  # noqa: RUF005
+            if tile < KEY[1]:
+                first = tl.where(two, q[0] * 2.0 - q[1] * 0.5, 0.0)
+                third = tl.where(two, q[2] * 0.125 - q[3] * 0.03125, 0.0)
+                weights = weights + (first, third)  # type: ignore[assignment]  # noqa: RUF005
+            constant += tl.sum(rest, 0)
+    return weights, constant
+
+
+@triton.jit
+def quantise_queries(weights, R: tl.constexpr):
+    """`columns` of the weights, and what products with the lower and with the upper fields are worth, [R] each: they
+    are far apart, and so have a scale each."""
+    largest_low, largest_high = tl.zeros([R], dtype=tl.float32), tl.zeros([R], dtype=tl.float32)
+    for i in tl.static_range(len(weights)):
+        largest = tl.max(tl.abs(weights[i]), 0)
+        if i % 2 == 0:
+            largest_low = tl.maximum(largest_low, largest)
+        else:
+            largest_high = tl.maximum(largest_high, largest)
+    worth = (tl.maximum(largest_low, LEAST) * WORTH, tl.maximum(largest_high, LEAST) * WORTH)
+    by = (1.0 / worth[0], 1.0 / worth[1])
+    queries = ()
+    for i in tl.static_range(len(weights)):
+        b_q = columns(rounded(weights[i], by[i % 2][None, :]), KEY_WORDS, R)
+        queries = queries + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
+    return queries, worth[0], worth[1]
+
+
+@triton.jit
+def load_words(
+    blocks, start, pages, strides, region, TILES: tl.constexpr, WORDS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Words of N tokens from the last one on, by tile of WORDS, [N, WORDS] or [WORDS, N]; 0 beyond the group's."""
+    of = ()
+    for i in tl.static_range(N // 16):
+        slot = tl.multiple_of((start + 16 * i) % BLOCK_SIZE, 16)
+        of = of + (blocks[i].to(tl.int64) * strides[1] + slot,)  # type: ignore[assignment]  # noqa: RUF005
+    begin, words_8, words_4, words_2, _ = words_of(region)
+    count = words_8 + words_4 + words_2
+    token = tl.arange(0, N)
+    rows = pages[1] + (by_token(of, N) + token % 16)
+    tiles = ()
+    for tile in tl.static_range(0 + TILES):
+        word = tile * WORDS + tl.arange(0, WORDS)
+        at, mask = begin + (count - 1 - word) * BLOCK_SIZE, word < count
+        if TRANSPOSED:
+            b_x = tl.load(rows[None, :] + at[:, None], mask=mask[:, None], other=0)
+        else:
+            b_x = tl.load(rows[:, None] + at[None, :], mask=mask[None, :], other=0)
+        tiles = tiles + (b_x,)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def scores_of_codes(queries, keys, N: tl.constexpr, R: tl.constexpr, KEY: tl.constexpr, PTX: tl.constexpr):
+    """Products with the lower and with the upper fields, [N, R] each."""
+    low, high = tl.zeros([N, 2 * R], dtype=tl.int32), tl.zeros([N, 2 * R], dtype=tl.int32)
+    for tile in tl.static_range(0 + KEY[0]):
+        for half in tl.static_range(2):
+            codes = bytes_of(keys[tile], half, PTX)
+            for field in tl.static_range(fields_of(KEY[1], tile)):
+                b_k = field_of(codes, field, PTX)
+                if field % 2 == 0:
+                    low = tl.dot(b_k, queries[0], low, out_dtype=tl.int32)
+                else:
+                    high = tl.dot(b_k, queries[0], high, out_dtype=tl.int32)
+                queries = queries[1:]
+    return joined(low, N, R), joined(high, N, R)
+
+
+@triton.jit
+def no_sums(R: tl.constexpr, VALUE: tl.constexpr):
+    """Sums of fields of values by tile, half and field, [VALUE_WORDS, R] each."""
+    sums = ()
+    for tile in tl.static_range(0 + VALUE[0]):
+        for _ in tl.static_range(2 * fields_of(VALUE[1], tile)):
+            sums = sums + (tl.zeros([VALUE_WORDS, R], dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def sums_of_tile(sums, words, weights, alpha, worth, FIELDS: tl.constexpr, R: tl.constexpr, PTX: tl.constexpr):
+    """sums alpha + the same of one tile of words by `columns` of weights, which are `worth` so much."""
+    added = ()
+    zeros = tl.zeros([VALUE_WORDS, 2 * R], dtype=tl.int32)
+    for half in tl.static_range(2):
+        codes = bytes_of(words, half, PTX)
+        for field in tl.static_range(0 + FIELDS):
+            products = tl.dot(field_of(codes, field, PTX), weights, zeros, out_dtype=tl.int32)
+            o = sums[half * FIELDS + field] * alpha[None, :] + joined(products, VALUE_WORDS, R) * worth[None, :]
+            added = added + (o,)  # type: ignore[assignment]  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def attend_codes(
+    query,
+    row_mask,
+    row_last,
+    first,
+    last,
+    pages,
+    strides,
+    block_table,
+    region_k,
+    region_v,
+    qk_scale,
+    BLOCK_SIZE: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PTX: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    EXACT_KEY: tl.constexpr,
+    EXACT_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """Maximum [R] and total [R] of the scores' powers of 2; sums of values' fields (see `no_sums`), and the total [R] of
+    their weights; accumulators of the 16-bit tier (see `warp.no_values`), [C, 2 R], of which every other column counts.
+
+    Args beside those of `tile.attend_tokens`:
+        query: [R] pointers to rows of q'.
+        KEY, VALUE: tiles of words of a side, and how many of them have codes of 2 bits; VALUE also how many there are in
+            every group.
+        EXACT_KEY, EXACT_VALUE: chunks and tiles of `table.SideShape`, of the 16-bit tier alone.
+    """
+    DTYPE: tl.constexpr = pages[0].dtype.element_ty
+    factor = 1.0 if SOFT_CAP > 0 else qk_scale
+    weights, constant = weigh_queries(query, row_mask, region_k, R, KEY)
+    queries, worth_low, worth_high = quantise_queries(weights, R)
+    if EXACT_KEY[1][0] > 0:
+        # Every other column is a row's.
+        pairs = tl.reshape(tl.join(query, query), [2 * R])
+        row_pairs = tl.reshape(tl.join(row_mask, row_mask), [2 * R]) & (tl.arange(0, 2 * R) % 2 == 0)
+        exact_queries = load_queries(pairs, row_pairs, region_k, EXACT_KEY)
+    m = tl.full([R], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([N, R], dtype=tl.float32)
+    weight = tl.zeros([N, R], dtype=tl.float32)
+    sums = no_sums(R, VALUE)
+    acc = no_values(2 * R, EXACT_VALUE)
+    first = tl.multiple_of(first, 16)
+    row_end = tl.minimum(row_last, last - 1)
+    all_see = tl.min(tl.where(row_mask, row_end + 1, last), 0)
+    newest = tl.max(row_last, 0)
+    last_page = (last - 1) // BLOCK_SIZE
+    # As in `warp`: every row sees all tokens of the middle stretch, which has no masks, and whole tiles.
+    head = first
+    if WINDOW > 0:
+        head = tl.minimum(first + tl.cdiv(tl.maximum(newest - WINDOW + 1 - first, 0), N) * N, last)
+    tail = head + tl.maximum(all_see - head, 0) // N * N
+    bounds = (first, head, tail, last)
+    for stretch in tl.static_range(0 if WINDOW > 0 else 1, 3):
+        begin, end = bounds[stretch], bounds[stretch + 1]
+        ahead = load_blocks(block_table, begin, last_page, BLOCK_SIZE, N)
+        for start in tl.range(begin, end, N, num_stages=STAGES if stretch == 1 else 1):
+            blocks = ahead
+            ahead = load_blocks(block_table, start + N, last_page, BLOCK_SIZE, N)
+            keys = load_words(blocks, start, pages, strides, region_k, KEY[0], KEY_WORDS, BLOCK_SIZE, N, False)
+            scales_k = load_scales(blocks, start, pages, strides, region_k, BLOCK_SIZE, N)
+            low, high = scores_of_codes(queries, keys, N, R, KEY, PTX)
+            s = low * worth_low[None, :] + (high * worth_high[None, :] + constant[None, :])
+            s *= scales_of(scales_k, N)[:, None]
+            if EXACT_KEY[1][0] > 0:
+                exact = load_side(
+                    blocks, start, last, pages, strides, region_k, EXACT_KEY, BLOCK_SIZE, N, False, stretch == 1
+                )
+                b_s = tl.zeros([N, 2 * R], dtype=tl.float32)
+                for tile in tl.static_range(0 + EXACT_KEY[1][0]):
+                    b_s = tl.dot(exact[tile], exact_queries[tile], b_s, input_precision=PRECISION)
+                b_s, _ = tl.split(tl.reshape(b_s, [N, R, 2]))
+                s += b_s
+            if SOFT_CAP > 0:
+                s = capped(s * qk_scale, SOFT_CAP)
+            n = start + tl.arange(0, N)
+            if stretch != 1:
+                seen = n[:, None] <= row_end[None, :]
+                if WINDOW > 0:
+                    seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
+                s = tl.where(seen, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 0))
+            # A row that has seen nothing yet would subtract infinity from infinity.
+            base = tl.where(m_new == float("-inf"), 0.0, m_new * factor)
+            alpha = tl.exp2(m * factor - base)
+            m = m_new
+            p = tl.exp2(s * factor - base[None, :])
+            total = total * alpha[None, :] + p
+            words = load_words(blocks, start, pages, strides, region_v, VALUE[0], VALUE_WORDS, BLOCK_SIZE, N, True)
+            scales_v = scales_of(load_scales(blocks, start, pages, strides, region_v, BLOCK_SIZE, N), N)
+            if stretch != 1:
+                # Behind the last token a scale may be anything, and 0 times it not 0.
+                scales_v = tl.where(n < last, scales_v, 0.0)
+            w = p * scales_v[:, None]
+            worth = tl.maximum(tl.max(w, 0), LEAST) * WORTH
+            w = rounded(w, (1.0 / worth)[None, :])
+            b_w = columns(w, N, R)
+            weight = weight * alpha[None, :] + whole(w) * worth[None, :]
+            added = ()
+            for tile in tl.static_range(0 + VALUE[0]):
+                o = sums[: 2 * fields_of(VALUE[1], tile)]
+                # What all groups have needs no branch.
+                if tile < VALUE[2]:  # noqa: SIM114
+                    o = sums_of_tile(o, words[tile], b_w, alpha, worth, fields_of(VALUE[1], tile), R, PTX)
+                elif tile * VALUE_WORDS < tl.load(region_v + 3) + tl.load(region_v + 5) + tl.load(region_v + 7):
+                    o = sums_of_tile(o, words[tile], b_w, alpha, worth, fields_of(VALUE[1], tile), R, PTX)
+                added = added + o
+                sums = sums[2 * fields_of(VALUE[1], tile) :]
+            sums = added
+            if EXACT_VALUE[1][0] > 0:
+                exact_v = load_side(
+                    blocks, start, last, pages, strides, region_v, EXACT_VALUE, BLOCK_SIZE, N, True, stretch == 1
+                )
+                b_p = tl.reshape(tl.join(p, p), [N, 2 * R]).to(DTYPE)
+                by = tl.reshape(tl.join(alpha, alpha), [2 * R])
+                acc = scaled(acc, by)
+                more = ()
+                for tile in tl.static_range(0 + EXACT_VALUE[1][0]):
+                    more = more + (tl.dot(exact_v[tile], b_p, acc[tile], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
+                acc = more
+    return m * factor, tl.sum(total, 0), sums, tl.sum(weight, 0), acc
+
+
+@triton.jit
+def odd_sums(sums, weight, word, region, FIELDS: tl.constexpr):
+    """Sums of odd integers by a byte's codes, [VALUE_WORDS, R] each, from those of its fields."""
+    is_8, is_4, is_2 = tiers_of(word, region)
+    four, two = is_4[:, None], is_2[:, None]
+    low, high, w = sums[0], sums[1], weight[None, :]
+    zeroth = tl.where(four, 2.0 * low - 15.0 * w, 2.0 * (low + high) + w)
+    first = 0.125 * high + w
+    odd = (zeroth, first)
+    if FIELDS == 4:
+        zeroth = tl.where(two, 2.0 * sums[2] - 3.0 * w, zeroth)
+        first = tl.where(two, 0.5 * (low - sums[2]) - 3.0 * w, first)
+        second = 0.125 * sums[3] - 3.0 * w
+        third = 0.03125 * (high - sums[3]) + w
+        odd = (zeroth, first, second, third)
+    return odd
+
+
+@triton.jit
+def store_sums(out, row_mask, region, sums, weight, VALUE: tl.constexpr):
+    """Where a row's coordinates go. Shapes: out [R] pointers."""
+    for tile in tl.static_range(0 + VALUE[0]):
+        word = tile * VALUE_WORDS + tl.arange(0, VALUE_WORDS)
+        for half in tl.static_range(2):
+            odd = odd_sums(sums[: fields_of(VALUE[1], tile)], weight, word, region, fields_of(VALUE[1], tile))
+            for code in tl.static_range(fields_of(VALUE[1], tile)):
+                col, inside = coordinates_of(word, region, half, code)
+                tl.store(out[None, :] + col[:, None], odd[code], mask=inside[:, None] & row_mask[None, :])
+            sums = sums[fields_of(VALUE[1], tile) :]
