@@ -3,15 +3,17 @@
 
 A page holds `block_size` tokens of one layer. Inside it, group-major, lie for each latent group the key's and then the
 value's regions, one per tier: `[block_size, coordinates]` for the tier of 16 bits, `[words, block_size]` for the
-others, in words of 16 bits (see `codes`); and one region of per-token scales, one byte each, for a side that has
-coordinates of fewer than 16 bits. Every region starts on a 16-byte boundary. Words of neighbouring tokens are
-neighbours, so that kernels can load 16 bytes at once whatever the size of a tier. Latent groups of equal widths are
-neighbours, so that a run of them is one strided view.
+others, in words of 16 bits (see `codes`); and last, for a side that has coordinates of fewer than 16 bits, one region
+of per-token scales, one byte each. Every region starts on a 16-byte boundary. Words of neighbouring tokens are
+neighbours, so that kernels can load 16 bytes at once whatever the size of a tier. Scales are behind the words of both
+sides, since those of 16 tokens take 16 bytes: before the value's, they would lay each word of 16 tokens, 32 bytes,
+across two of the sectors that a GPU reads. Latent groups of equal widths are neighbours, so that a run of them is one
+strided view.
 
     page of a layer with two latent groups; group 1 has a 16-bit and a 4-bit tier, group 0 only 16-bit tiers
 
-    | group 0                        | group 1                                                        |
-    | key 16 bit     | value 16 bit  | key 16 bit | key 4 bit | key scales | value 16 bit | value 4 .. | ..
+    | group 0                        | group 1                                                                     |
+    | key 16 bit     | value 16 bit  | key 16 bit | key 4 bit | value 16 bit | value 4 bit | key scales | value scales |
 """
 
 from __future__ import annotations
@@ -132,12 +134,17 @@ class PageLayout:
         offset, layouts = 0, []
         for group in sorted(range(len(self.widths)), key=lambda g: (self.widths[g], g), reverse=True):
             start = offset
-            key, offset = self._side(self.widths[group][KEY], offset)
-            value, offset = self._side(self.widths[group][VALUE], offset)
+            keys, values = self.widths[group]
+            key_regions, offset = self._regions(keys, offset)
+            value_regions, offset = self._regions(values, offset)
+            key_scales, offset = self._scales(key_regions, offset)
+            value_scales, offset = self._scales(value_regions, offset)
+            key, value = SideLayout(keys, key_regions, key_scales), SideLayout(values, value_regions, value_scales)
             layouts.append(GroupLayout(group, start, key, value))
         return tuple(layouts)
 
-    def _side(self, widths: BlockWidths, offset: int) -> tuple[SideLayout, int]:
+    def _regions(self, widths: BlockWidths, offset: int) -> tuple[tuple[Region, ...], int]:
+        """Of one side, and where the next ones begin."""
         regions, start = [], 0
         for width in WIDTHS[:-1]:
             size = BLOCK * widths.count(width)
@@ -146,11 +153,12 @@ class PageLayout:
                 bits = 8 * self.itemsize if width == 16 else width
                 offset = _align(offset + self.block_size * size * bits // 8)
                 start += size
-        scale_offset = None
-        if any(region.width < 16 for region in regions):
-            scale_offset = offset
-            offset = _align(offset + self.block_size * SCALE_BYTES)
-        return SideLayout(widths, tuple(regions), scale_offset), offset
+        return tuple(regions), offset
+
+    def _scales(self, regions: tuple[Region, ...], offset: int) -> tuple[int | None, int]:
+        if all(region.width == 16 for region in regions):
+            return None, offset
+        return offset, _align(offset + self.block_size * SCALE_BYTES)
 
     @cached_property
     def runs(self) -> tuple[GroupRun, ...]:

@@ -246,7 +246,7 @@ def _attend_codes_kernel(
         store_sums(out, row_mask, region_v, sums, weight, VALUE)
         for tile in tl.static_range(0 + EXACT_VALUE[1][0]):
             col, inside = coordinates(region_v, EXACT_VALUE, 0, tile, 0)
-            o, _ = tl.split(tl.reshape(acc[tile], [0 + EXACT_VALUE[0][0], M, 2]))
+            o, _odd = tl.split(tl.reshape(acc[tile], [0 + EXACT_VALUE[0][0], M, 2]))
             tl.store(out[None, :] + col[:, None], o, mask=inside[:, None] & row_mask[None, :])
 
 

@@ -29,12 +29,11 @@ import triton
 import triton.language as tl
 
 from mkv_kernels.fused import table
-from mkv_kernels.fused.tile import capped, scales_of
+from mkv_kernels.fused.tile import capped, scales_at, scales_of
 from mkv_kernels.fused.warp import (
     by_token,
     load_blocks,
     load_queries,
-    load_scales,
     load_side,
     no_values,
     scaled,
@@ -95,9 +94,27 @@ def rounded(x, by):
 
 @triton.jit
 def columns(x, ROWS: tl.constexpr, R: tl.constexpr):
-    """[ROWS, R] of `rounded` to signed bytes [ROWS, 2 R]: 256 high + low, in this order."""
+    """[ROWS, R] of `rounded` to bytes [ROWS, 2 R]: of each, the higher one and the lower one plus 128."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.reshape(tl.join((bits >> 8).to(tl.int8), (bits ^ 0x80).to(tl.int8)), [ROWS, 2 * R])
+    return tl.reshape(tl.join((bits >> 8).to(tl.int8), bits.to(tl.int8)), [ROWS, 2 * R])
+
+
+@triton.jit
+def signed(pairs, R: tl.constexpr, OPAQUE: tl.constexpr):
+    """`columns` to signed bytes: 256 high + low.
+
+    What was joined Triton takes for numbers of 4 bits, and loads 8 neighbours of the other operand for a thread. That
+    is best where they are a word's tokens. Neighbouring words take four times as long then; for their sake OPAQUE hides
+    what was joined, in PTX that claims to do more than it does.
+    """
+    low = tl.where(tl.arange(0, 2 * R) % 2 == 1, -0x80, 0).to(tl.int8)[None, :]
+    if OPAQUE:
+        pairs = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;", "=r,r,r", [pairs, low], dtype=tl.int8, is_pure=False, pack=4
+        )
+    else:
+        pairs = pairs ^ low
+    return pairs
 
 
 @triton.jit
@@ -120,6 +137,12 @@ def words_of(region):
     at = tl.where(words_4 > 0, tl.load(region + 4), at)
     at = tl.where(words_8 > 0, tl.load(region + 2), at)
     return tl.multiple_of(at & 0x3FFFFFFF, 8), words_8, words_4, words_2, tl.load(region + 1)
+
+
+@triton.jit
+def words_in(TILE: tl.constexpr, WORDS: tl.constexpr):
+    """Words of a tile, counted from a side's last one on; ascending as they lie in the page."""
+    return TILE * WORDS + WORDS - 1 - tl.arange(0, WORDS)
 
 
 @triton.jit
@@ -159,7 +182,7 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
     weights = ()
     constant = tl.zeros([R], dtype=tl.float32)
     for tile in tl.static_range(0 + KEY[0]):
-        word = tile * KEY_WORDS + tl.arange(0, KEY_WORDS)
+        word = words_in(tile, KEY_WORDS)
         is_8, is_4, is_2 = tiers_of(word, region)
         eight, four, two = is_8[:, None], is_4[:, None], is_2[:, None]
         for half in tl.static_range(2):
@@ -184,7 +207,7 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
 
 
 @triton.jit
-def quantise_queries(weights, R: tl.constexpr):
+def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
     """`columns` of the weights, and what products with the lower and with the upper fields are worth, [R] each: they
     are far apart, and so have a scale each."""
     largest_low, largest_high = tl.zeros([R], dtype=tl.float32), tl.zeros([R], dtype=tl.float32)
@@ -198,9 +221,9 @@ def quantise_queries(weights, R: tl.constexpr):
     by = (1.0 / worth[0], 1.0 / worth[1])
     queries = ()
     for i in tl.static_range(len(weights)):
-        b_q = columns(rounded(weights[i], by[i % 2][None, :]), KEY_WORDS, R)
+        b_q = signed(columns(rounded(weights[i], by[i % 2][None, :]), KEY_WORDS, R), R, PTX)
         queries = queries + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
-    return queries, worth[0], worth[1]
+    return queries, worth
 
 
 @triton.jit
@@ -219,7 +242,7 @@ def load_words(
     rows = pages[1] + (by_token(of, N) + token % 16)
     tiles = ()
     for tile in tl.static_range(0 + TILES):
-        word = tile * WORDS + tl.arange(0, WORDS)
+        word = words_in(tile, WORDS)
         at, mask = begin + (count - 1 - word) * BLOCK_SIZE, word < count
         if TRANSPOSED:
             b_x = tl.load(rows[None, :] + at[:, None], mask=mask[:, None], other=0)
@@ -230,9 +253,27 @@ def load_words(
 
 
 @triton.jit
-def scores_of_codes(queries, keys, N: tl.constexpr, R: tl.constexpr, KEY: tl.constexpr, PTX: tl.constexpr):
-    """Products with the lower and with the upper fields, [N, R] each."""
-    low, high = tl.zeros([N, 2 * R], dtype=tl.int32), tl.zeros([N, 2 * R], dtype=tl.int32)
+def load_scales(blocks, start, pages, strides, region, BLOCK_SIZE: tl.constexpr, N: tl.constexpr):
+    """See `tile.load_scales`; [16] per 16 tokens, of two times as many at once: a copy of so little is as slow."""
+    token, second = tl.arange(0, 16), tl.arange(0, 2) == 1
+    scales = ()
+    for i in tl.static_range(N // 32):
+        at = ()
+        for j in tl.static_range(2):
+            slot = tl.multiple_of((start + 32 * i + 16 * j) % BLOCK_SIZE, 16)
+            at = at + (blocks[2 * i + j].to(tl.int64) * strides[1] + slot // 2,)  # type: ignore[assignment]  # noqa: RUF005
+        both = tl.where(second, at[1], at[0])[None, :] + (token // 4 * 2)[:, None]
+        fours = (scales_at(pages[1], region) + both).to(tl.pointer_type(tl.int32), bitcast=True)
+        b_s = tl.load(fours, mask=(tl.load(region + 8) + token * 0 >= 0)[:, None], other=0)
+        b_0, b_1 = tl.split(b_s)
+        scales = scales + (scales_of(b_0, 16), scales_of(b_1, 16))  # type: ignore[assignment]  # noqa: RUF005
+    return scales
+
+
+@triton.jit
+def scores_of_codes(queries, keys, R: tl.constexpr, KEY: tl.constexpr, PTX: tl.constexpr):
+    """Products of 16 tokens with the lower and with the upper fields, [16, R] each."""
+    low, high = tl.zeros([16, 2 * R], dtype=tl.int32), tl.zeros([16, 2 * R], dtype=tl.int32)
     for tile in tl.static_range(0 + KEY[0]):
         for half in tl.static_range(2):
             codes = bytes_of(keys[tile], half, PTX)
@@ -243,7 +284,30 @@ def scores_of_codes(queries, keys, N: tl.constexpr, R: tl.constexpr, KEY: tl.con
                 else:
                     high = tl.dot(b_k, queries[0], high, out_dtype=tl.int32)
                 queries = queries[1:]
-    return joined(low, N, R), joined(high, N, R)
+    return joined(low, 16, R), joined(high, 16, R)
+
+
+@triton.jit
+def scores_of_page(
+    queries, worth, constant, exact_queries, scales, block, start, last, pages, strides, region, qk_scale,
+    BLOCK_SIZE: tl.constexpr, R: tl.constexpr, PTX: tl.constexpr, KEY: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, SOFT_CAP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Of 16 tokens, [16, R]; before the scale unless they are capped."""
+    keys = load_words(block, start, pages, strides, region, KEY[0], KEY_WORDS, BLOCK_SIZE, 16, False)
+    low, high = scores_of_codes(queries, keys, R, KEY, PTX)
+    s = low * worth[0][None, :] + (high * worth[1][None, :] + constant[None, :])
+    s *= scales[:, None]
+    if EXACT[1][0] > 0:
+        numbers = load_side(block, start, last, pages, strides, region, EXACT, BLOCK_SIZE, 16, False, WHOLE)
+        pairs = tl.zeros([16, 2 * R], dtype=tl.float32)
+        for tile in tl.static_range(0 + EXACT[1][0]):
+            pairs = tl.dot(numbers[tile], exact_queries[tile], pairs, input_precision=PRECISION)
+        even, _odd = tl.split(tl.reshape(pairs, [16, R, 2]))
+        s += even
+    if SOFT_CAP > 0:
+        s = capped(s * qk_scale, SOFT_CAP)
+    return s
 
 
 @triton.jit
@@ -257,15 +321,19 @@ def no_sums(R: tl.constexpr, VALUE: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tile(sums, words, weights, alpha, worth, FIELDS: tl.constexpr, R: tl.constexpr, PTX: tl.constexpr):
-    """sums alpha + the same of one tile of words by `columns` of weights, which are `worth` so much."""
+def sums_of_tile(
+    sums, words, weights, alpha, worth, TILE: tl.constexpr, R: tl.constexpr, VALUE: tl.constexpr, PTX: tl.constexpr
+):
+    """sums alpha + the same of one tile of words by weights, `signed`, which are `worth` so much; 32 tokens each."""
     added = ()
-    zeros = tl.zeros([VALUE_WORDS, 2 * R], dtype=tl.int32)
     for half in tl.static_range(2):
-        codes = bytes_of(words, half, PTX)
-        for field in tl.static_range(0 + FIELDS):
-            products = tl.dot(field_of(codes, field, PTX), weights, zeros, out_dtype=tl.int32)
-            o = sums[half * FIELDS + field] * alpha[None, :] + joined(products, VALUE_WORDS, R) * worth[None, :]
+        for field in tl.static_range(fields_of(VALUE[1], TILE)):
+            products = tl.zeros([VALUE_WORDS, 2 * R], dtype=tl.int32)
+            for i in tl.static_range(len(weights)):
+                b_v = field_of(bytes_of(words[i][TILE], half, PTX), field, PTX)
+                products = tl.dot(b_v, weights[i], products, out_dtype=tl.int32)
+            o = sums[half * fields_of(VALUE[1], TILE) + field] * alpha[None, :]
+            o += joined(products, VALUE_WORDS, R) * worth[None, :]
             added = added + (o,)  # type: ignore[assignment]  # noqa: RUF005
     return added
 
@@ -305,18 +373,18 @@ def attend_codes(
             every group.
         EXACT_KEY, EXACT_VALUE: chunks and tiles of `table.SideShape`, of the 16-bit tier alone.
     """
-    DTYPE: tl.constexpr = pages[0].dtype.element_ty
     factor = 1.0 if SOFT_CAP > 0 else qk_scale
     weights, constant = weigh_queries(query, row_mask, region_k, R, KEY)
-    queries, worth_low, worth_high = quantise_queries(weights, R)
+    queries, worth = quantise_queries(weights, R, PTX)
+    exact_queries = ()
     if EXACT_KEY[1][0] > 0:
         # Every other column is a row's.
         pairs = tl.reshape(tl.join(query, query), [2 * R])
         row_pairs = tl.reshape(tl.join(row_mask, row_mask), [2 * R]) & (tl.arange(0, 2 * R) % 2 == 0)
         exact_queries = load_queries(pairs, row_pairs, region_k, EXACT_KEY)
     m = tl.full([R], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([N, R], dtype=tl.float32)
-    weight = tl.zeros([N, R], dtype=tl.float32)
+    total = tl.zeros([16, R], dtype=tl.float32)
+    weight = tl.zeros([16, R], dtype=tl.float32)
     sums = no_sums(R, VALUE)
     acc = no_values(2 * R, EXACT_VALUE)
     first = tl.multiple_of(first, 16)
@@ -336,67 +404,82 @@ def attend_codes(
         for start in tl.range(begin, end, N, num_stages=STAGES if stretch == 1 else 1):
             blocks = ahead
             ahead = load_blocks(block_table, start + N, last_page, BLOCK_SIZE, N)
-            keys = load_words(blocks, start, pages, strides, region_k, KEY[0], KEY_WORDS, BLOCK_SIZE, N, False)
+            scores = ()
             scales_k = load_scales(blocks, start, pages, strides, region_k, BLOCK_SIZE, N)
-            low, high = scores_of_codes(queries, keys, N, R, KEY, PTX)
-            s = low * worth_low[None, :] + (high * worth_high[None, :] + constant[None, :])
-            s *= scales_of(scales_k, N)[:, None]
-            if EXACT_KEY[1][0] > 0:
-                exact = load_side(
-                    blocks, start, last, pages, strides, region_k, EXACT_KEY, BLOCK_SIZE, N, False, stretch == 1
-                )
-                b_s = tl.zeros([N, 2 * R], dtype=tl.float32)
-                for tile in tl.static_range(0 + EXACT_KEY[1][0]):
-                    b_s = tl.dot(exact[tile], exact_queries[tile], b_s, input_precision=PRECISION)
-                b_s, _ = tl.split(tl.reshape(b_s, [N, R, 2]))
-                s += b_s
-            if SOFT_CAP > 0:
-                s = capped(s * qk_scale, SOFT_CAP)
-            n = start + tl.arange(0, N)
-            if stretch != 1:
-                seen = n[:, None] <= row_end[None, :]
-                if WINDOW > 0:
-                    seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
-                s = tl.where(seen, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 0))
+            for i in tl.static_range(N // 16):
+                s = scores_of_page(
+                    queries, worth, constant, exact_queries, scales_k[i], blocks[i : i + 1], start + 16 * i, last, pages,
+                    strides, region_k, qk_scale, BLOCK_SIZE, R, PTX, KEY, EXACT_KEY, PRECISION, SOFT_CAP, stretch == 1,
+                )  # fmt: skip
+                if stretch != 1:
+                    n = start + 16 * i + tl.arange(0, 16)
+                    seen = n[:, None] <= row_end[None, :]
+                    if WINDOW > 0:
+                        seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
+                    s = tl.where(seen, s, float("-inf"))
+                scores = scores + (s,)  # type: ignore[assignment]  # noqa: RUF005
+            most = scores[0]
+            for i in tl.static_range(1, N // 16):
+                most = tl.maximum(most, scores[i])
+            m_new = tl.maximum(m, tl.max(most, 0))
             # A row that has seen nothing yet would subtract infinity from infinity.
             base = tl.where(m_new == float("-inf"), 0.0, m_new * factor)
             alpha = tl.exp2(m * factor - base)
             m = m_new
-            p = tl.exp2(s * factor - base[None, :])
-            total = total * alpha[None, :] + p
-            words = load_words(blocks, start, pages, strides, region_v, VALUE[0], VALUE_WORDS, BLOCK_SIZE, N, True)
-            scales_v = scales_of(load_scales(blocks, start, pages, strides, region_v, BLOCK_SIZE, N), N)
-            if stretch != 1:
-                # Behind the last token a scale may be anything, and 0 times it not 0.
-                scales_v = tl.where(n < last, scales_v, 0.0)
-            w = p * scales_v[:, None]
-            worth = tl.maximum(tl.max(w, 0), LEAST) * WORTH
-            w = rounded(w, (1.0 / worth)[None, :])
-            b_w = columns(w, N, R)
-            weight = weight * alpha[None, :] + whole(w) * worth[None, :]
+            total = total * alpha[None, :]
+            powers, shares = (), ()
+            scales_v = load_scales(blocks, start, pages, strides, region_v, BLOCK_SIZE, N)
+            for i in tl.static_range(N // 16):
+                p = tl.exp2(scores[i] * factor - base[None, :])
+                total += p
+                scales = scales_v[i]
+                if stretch != 1:
+                    # Behind the last token a scale may be anything, and 0 times it not 0.
+                    scales = tl.where(start + 16 * i + tl.arange(0, 16) < last, scales, 0.0)
+                powers = powers + (p,)  # type: ignore[assignment]  # noqa: RUF005
+                shares = shares + (p * scales[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+            most = shares[0]
+            for i in tl.static_range(1, N // 16):
+                most = tl.maximum(most, shares[i])
+            worth_v = tl.maximum(tl.max(most, 0), LEAST) * WORTH
+            by = 1.0 / worth_v
+            weight = weight * alpha[None, :]
+            integers, words = (), ()
+            for i in tl.static_range(N // 32):
+                w0, w1 = rounded(shares[2 * i], by[None, :]), rounded(shares[2 * i + 1], by[None, :])
+                weight += (whole(w0) + whole(w1)) * worth_v[None, :]
+                both = tl.permute(tl.join(columns(w0, 16, R), columns(w1, 16, R)), (2, 0, 1))
+                integers = integers + (signed(tl.reshape(both, [32, 2 * R]), R, False),)  # type: ignore[assignment]  # noqa: RUF005
+                words = words + (  # type: ignore[assignment]  # noqa: RUF005
+                    load_words(
+                        blocks[2 * i : 2 * i + 2], start + 32 * i, pages, strides, region_v, VALUE[0], VALUE_WORDS,
+                        BLOCK_SIZE, 32, True,
+                    ),
+                )  # fmt: skip
             added = ()
             for tile in tl.static_range(0 + VALUE[0]):
                 o = sums[: 2 * fields_of(VALUE[1], tile)]
                 # What all groups have needs no branch.
                 if tile < VALUE[2]:  # noqa: SIM114
-                    o = sums_of_tile(o, words[tile], b_w, alpha, worth, fields_of(VALUE[1], tile), R, PTX)
+                    o = sums_of_tile(o, words, integers, alpha, worth_v, tile, R, VALUE, PTX)
                 elif tile * VALUE_WORDS < tl.load(region_v + 3) + tl.load(region_v + 5) + tl.load(region_v + 7):
-                    o = sums_of_tile(o, words[tile], b_w, alpha, worth, fields_of(VALUE[1], tile), R, PTX)
+                    o = sums_of_tile(o, words, integers, alpha, worth_v, tile, R, VALUE, PTX)
                 added = added + o
                 sums = sums[2 * fields_of(VALUE[1], tile) :]
             sums = added
             if EXACT_VALUE[1][0] > 0:
-                exact_v = load_side(
-                    blocks, start, last, pages, strides, region_v, EXACT_VALUE, BLOCK_SIZE, N, True, stretch == 1
-                )
-                b_p = tl.reshape(tl.join(p, p), [N, 2 * R]).to(DTYPE)
-                by = tl.reshape(tl.join(alpha, alpha), [2 * R])
-                acc = scaled(acc, by)
-                more = ()
-                for tile in tl.static_range(0 + EXACT_VALUE[1][0]):
-                    more = more + (tl.dot(exact_v[tile], b_p, acc[tile], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
-                acc = more
+                acc = scaled(acc, tl.reshape(tl.join(alpha, alpha), [2 * R]))
+                for i in tl.static_range(N // 16):
+                    numbers = load_side(
+                        blocks[i : i + 1], start + 16 * i, last, pages, strides, region_v, EXACT_VALUE, BLOCK_SIZE, 16,
+                        True, stretch == 1,
+                    )  # fmt: skip
+                    b_p = tl.reshape(tl.join(powers[i], powers[i]), [16, 2 * R]).to(pages[0].dtype.element_ty)
+                    more = ()
+                    for tile in tl.static_range(0 + EXACT_VALUE[1][0]):
+                        o = tl.dot(numbers[tile], b_p, acc[tile], input_precision=PRECISION)
+                        more = more + (o,)  # type: ignore[assignment]  # noqa: RUF005
+                    acc = more
     return m * factor, tl.sum(total, 0), sums, tl.sum(weight, 0), acc
 
 
@@ -422,7 +505,7 @@ def odd_sums(sums, weight, word, region, FIELDS: tl.constexpr):
 def store_sums(out, row_mask, region, sums, weight, VALUE: tl.constexpr):
     """Where a row's coordinates go. Shapes: out [R] pointers."""
     for tile in tl.static_range(0 + VALUE[0]):
-        word = tile * VALUE_WORDS + tl.arange(0, VALUE_WORDS)
+        word = words_in(tile, VALUE_WORDS)
         for half in tl.static_range(2):
             odd = odd_sums(sums[: fields_of(VALUE[1], tile)], weight, word, region, fields_of(VALUE[1], tile))
             for code in tl.static_range(fields_of(VALUE[1], tile)):

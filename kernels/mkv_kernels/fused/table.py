@@ -181,7 +181,7 @@ class Integers:
         """None for layers without codes."""
         key = WordShape.of([group.key for group in groups], head_size, KEY_WORDS)
         value = WordShape.of([group.value for group in groups], head_size, VALUE_WORDS)
-        return cls(key, value, 32, 2) if key.tiles or value.tiles else None
+        return cls(key, value, 32, 3) if key.tiles or value.tiles else None
 
     def fits(self, rows: int) -> bool:
         """Whether a warp has registers for so many rows of queries."""
