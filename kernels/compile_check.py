@@ -55,6 +55,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mkv_kernels.fused.exact import load_tiles
+from mkv_kernels.fused.integer import load_words
 from mkv_kernels.fused.tile import load_tile
 from mkv_kernels.fused.warp import load_side
 
@@ -62,10 +63,10 @@ ARCHITECTURES = ("80", "90", "100", "gfx942")
 SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
 """Bytes that a program can have on every GPU since 2020, and on AMD's of the 9th generation."""
 LOAD_BAR = 16
-ATTENTION = ("attend", "prefill")
+ATTENTION = ("attend", "attend_codes", "prefill")
 """Kernels that load keys and values and multiply them."""
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NVIDIA_MMA = ("HMMA", "HGMMA", "UTCHMMA")
+NVIDIA_MMA = ("HMMA", "IMMA", "HGMMA", "UTCHMMA")
 AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
 AMD_LOAD = re.compile(rf"(?:global|buffer)_load_({'|'.join(AMD_LOADS)})")
 NVIDIA_LINE = re.compile(
@@ -173,7 +174,7 @@ def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
 @cache
 def page_loaders() -> list[tuple[str, int, int]]:
     """Files, first lines and lines behind the last of the functions that load keys and values."""
-    loaders = (("tile.py", load_tile), ("exact.py", load_tiles), ("warp.py", load_side))
+    loaders = (("tile.py", load_tile), ("exact.py", load_tiles), ("warp.py", load_side), ("integer.py", load_words))
     sources = ((name, *inspect.getsourcelines(function.fn)) for name, function in loaders)
     return [(name, first, first + len(lines)) for name, lines, first in sources]
 

@@ -382,6 +382,7 @@ def decode(
             VALUE=integers.value.constants,
             EXACT_KEY=integers.key.exact.constants,
             EXACT_VALUE=integers.value.exact.constants,
+            maxnreg=tiles.registers,
             **constants,
         )
     else:

@@ -29,11 +29,10 @@ import triton
 import triton.language as tl
 
 from mkv_kernels.fused import table
-from mkv_kernels.fused.tile import capped, scales_at, scales_of
+from mkv_kernels.fused.tile import capped, coordinates, scales_at, scales_of
 from mkv_kernels.fused.warp import (
     by_token,
     load_blocks,
-    load_queries,
     load_side,
     no_values,
     scaled,
@@ -88,26 +87,25 @@ def fields_of(quarters: int, tile: int) -> int:
 
 @triton.jit
 def rounded(x, by):
-    """x by, rounded to integers between -32639 and 32639, as `columns` and `whole` take them."""
+    """x by, rounded to integers between -32639 and 32639, as `bytes_of_numbers` and `whole` take them."""
     return x * by + ROUNDER
 
 
 @triton.jit
-def columns(x, ROWS: tl.constexpr, R: tl.constexpr):
-    """[ROWS, R] of `rounded` to bytes [ROWS, 2 R]: of each, the higher one and the lower one plus 128."""
+def bytes_of_numbers(x):
+    """Of `rounded`: the higher byte, and the lower one plus 128."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.reshape(tl.join((bits >> 8).to(tl.int8), bits.to(tl.int8)), [ROWS, 2 * R])
+    return tl.join((bits >> 8).to(tl.int8), bits.to(tl.int8))
 
 
 @triton.jit
-def signed(pairs, R: tl.constexpr, OPAQUE: tl.constexpr):
-    """`columns` to signed bytes: 256 high + low.
+def signed(pairs, low, OPAQUE: tl.constexpr):
+    """`bytes_of_numbers` to signed bytes, 256 high + low; `low` is -128 at the lower ones, else 0.
 
     What was joined Triton takes for numbers of 4 bits, and loads 8 neighbours of the other operand for a thread. That
     is best where they are a word's tokens. Neighbouring words take four times as long then; for their sake OPAQUE hides
     what was joined, in PTX that claims to do more than it does.
     """
-    low = tl.where(tl.arange(0, 2 * R) % 2 == 1, -0x80, 0).to(tl.int8)[None, :]
     if OPAQUE:
         pairs = tl.inline_asm_elementwise(
             "xor.b32 $0, $1, $2;", "=r,r,r", [pairs, low], dtype=tl.int8, is_pure=False, pack=4
@@ -118,13 +116,18 @@ def signed(pairs, R: tl.constexpr, OPAQUE: tl.constexpr):
 
 
 @triton.jit
+def low_bytes(R: tl.constexpr):
+    return tl.where(tl.arange(0, 2 * R) % 2 == 1, -0x80, 0).to(tl.int8)
+
+
+@triton.jit
 def whole(x):
     return x - ROUNDER
 
 
 @triton.jit
 def joined(products, ROWS: tl.constexpr, R: tl.constexpr):
-    """Products with `columns`, int32 [ROWS, 2 R] to float32 [ROWS, R]."""
+    """Products with such pairs of bytes, int32 [ROWS, 2 R] to float32 [ROWS, R]."""
     high, low = tl.split(tl.reshape(products, [ROWS, R, 2]))
     return (high * 256 + low).to(tl.float32)
 
@@ -183,12 +186,15 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
     constant = tl.zeros([R], dtype=tl.float32)
     for tile in tl.static_range(0 + KEY[0]):
         word = words_in(tile, KEY_WORDS)
-        is_8, is_4, is_2 = tiers_of(word, region)
-        eight, four, two = is_8[:, None], is_4[:, None], is_2[:, None]
+        _is_8, is_4, is_2 = tiers_of(word, region)
+        four, two = is_4[:, None], is_2[:, None]
         for half in tl.static_range(2):
             q = ()
             for code in tl.static_range(fields_of(KEY[1], tile)):
                 col, inside = coordinates_of(word, region, half, code)
+                # Two and two are neighbours, all tiers' words being even; said so that each thread gets words of its own,
+                # for only then does Triton keep them as products read them.
+                col = tl.max_contiguous(col, 2)
                 b_q = tl.load(query[None, :] + col[:, None], mask=inside[:, None] & row_mask[None, :], other=0.0)
                 q = q + (b_q.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
             low = tl.where(two, q[1] * 0.5, q[0] * 2.0)
@@ -208,8 +214,8 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
 
 @triton.jit
 def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
-    """`columns` of the weights, and what products with the lower and with the upper fields are worth, [R] each: they
-    are far apart, and so have a scale each."""
+    """Signed pairs of bytes of the weights, [KEY_WORDS, 2 R], and what products with the lower and with the upper fields are worth,
+    [R] each: they are far apart, and so have a scale each."""
     largest_low, largest_high = tl.zeros([R], dtype=tl.float32), tl.zeros([R], dtype=tl.float32)
     for i in tl.static_range(len(weights)):
         largest = tl.max(tl.abs(weights[i]), 0)
@@ -221,8 +227,8 @@ def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
     by = (1.0 / worth[0], 1.0 / worth[1])
     queries = ()
     for i in tl.static_range(len(weights)):
-        b_q = signed(columns(rounded(weights[i], by[i % 2][None, :]), KEY_WORDS, R), R, PTX)
-        queries = queries + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
+        pairs = tl.reshape(bytes_of_numbers(rounded(weights[i], by[i % 2][None, :])), [KEY_WORDS, 2 * R])
+        queries = queries + (signed(pairs, low_bytes(R)[None, :], PTX),)  # type: ignore[assignment]  # noqa: RUF005
     return queries, worth
 
 
@@ -377,11 +383,12 @@ def attend_codes(
     weights, constant = weigh_queries(query, row_mask, region_k, R, KEY)
     queries, worth = quantise_queries(weights, R, PTX)
     exact_queries = ()
-    if EXACT_KEY[1][0] > 0:
+    for tile in tl.static_range(0 + EXACT_KEY[1][0]):
+        col, inside = coordinates(region_k, EXACT_KEY, 0, tile, 0)
+        b_q = tl.load(query[None, :] + col[:, None], mask=inside[:, None] & row_mask[None, :], other=0.0)
         # Every other column is a row's.
-        pairs = tl.reshape(tl.join(query, query), [2 * R])
-        row_pairs = tl.reshape(tl.join(row_mask, row_mask), [2 * R]) & (tl.arange(0, 2 * R) % 2 == 0)
-        exact_queries = load_queries(pairs, row_pairs, region_k, EXACT_KEY)
+        b_q = tl.reshape(tl.join(b_q, b_q * 0.0), [0 + EXACT_KEY[0][0], 2 * R])
+        exact_queries = exact_queries + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
     m = tl.full([R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([16, R], dtype=tl.float32)
     weight = tl.zeros([16, R], dtype=tl.float32)
@@ -448,8 +455,9 @@ def attend_codes(
             for i in tl.static_range(N // 32):
                 w0, w1 = rounded(shares[2 * i], by[None, :]), rounded(shares[2 * i + 1], by[None, :])
                 weight += (whole(w0) + whole(w1)) * worth_v[None, :]
-                both = tl.permute(tl.join(columns(w0, 16, R), columns(w1, 16, R)), (2, 0, 1))
-                integers = integers + (signed(tl.reshape(both, [32, 2 * R]), R, False),)  # type: ignore[assignment]  # noqa: RUF005
+                x = tl.join(bytes_of_numbers(w0), bytes_of_numbers(w1))
+                pairs = tl.reshape(tl.permute(x, (3, 0, 1, 2)), [32, 2 * R])
+                integers = integers + (signed(pairs, low_bytes(R)[None, :], False),)  # type: ignore[assignment]  # noqa: RUF005
                 words = words + (  # type: ignore[assignment]  # noqa: RUF005
                     load_words(
                         blocks[2 * i : 2 * i + 2], start + 32 * i, pages, strides, region_v, VALUE[0], VALUE_WORDS,

@@ -11,13 +11,15 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mkv_kernels.fused.table import LayerTable, Shapes, power_of_two
+from mkv_kernels.fused.table import INTEGER_ROWS, LayerTable, Shapes, power_of_two
 from mkv_kernels.layout import ALIGNMENT
 
 LOG2_E = math.log2(math.e)
 SHARED_BYTES, ROOMY_SHARED_BYTES = 88 * 1024, 160 * 1024
 """Of pages and queries; what the compiler adds stays below 11 KB. 99 KB are what every GPU since 2020 has, 227 KB those
 of data centres since Hopper."""
+INTEGER_REGISTERS = 128
+"""Per thread, for small layers in `integer`: 16 programs then share a multiprocessor."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,8 +84,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps; one `in_warp`
-    attends as `warp` says.
+    """What a program takes at once: `rows` of queries and `tokens`, loaded in `stages`, by `warps` warps of `registers`
+    per thread at most, where that is said; one `in_warp` attends as `warp` says, one `in_integers` as `integer` does.
 
     The numbers follow from what the compiler makes of the kernels (see `kernels/compile_check.py`), and from times on
     an H100: accumulators of all value columns stay in registers; four warps with 128 rows are faster than eight.
@@ -95,14 +97,14 @@ class Tiles:
     warps: int
     in_warp: bool = False
     in_integers: bool = False
+    registers: int | None = None
 
     @classmethod
     def of_decode(cls, shapes: Shapes, rows: int, itemsize: int, target: Target) -> Tiles:
         integers = shapes.integers
-        if integers is not None and rows <= 8 and itemsize == 2 and target.backend in ("", "cuda"):
-            taken = 4 if rows <= 4 else 8
-            if integers.fits(taken):
-                return cls(taken, integers.tokens, integers.stages, 1, in_integers=True)
+        if integers is not None and rows <= INTEGER_ROWS and itemsize == 2 and target.backend != "hip":
+            registers = INTEGER_REGISTERS if integers.is_small else None
+            return cls(INTEGER_ROWS, integers.tokens, integers.stages, 1, in_integers=True, registers=registers)
         if cls._in_warp(shapes, itemsize, target) and (shapes.coded or rows <= 16):
             return cls._of_warp(shapes, rows)
         if shapes.coded:
@@ -165,7 +167,10 @@ class Tiles:
 
 
 def programs_per_processor(shapes: Shapes) -> int:
-    """Programs of decode that a streaming multiprocessor has registers and shared memory for."""
+    """Programs of decode that a streaming multiprocessor has registers and shared memory for; of `integer`, as many as
+    were fastest on an H200 (12 of 168 registers would fit where 8 are taken, but splits are powers of two)."""
+    if shapes.integers is not None:
+        return 16 if shapes.integers.is_small else 8
     if shapes.operands is not None:
         return 8 if shapes.coded else 4
     if shapes.coded:

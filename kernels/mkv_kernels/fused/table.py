@@ -128,8 +128,11 @@ class Operands:
         return cls(key, value, 64 if max(key.columns, value.columns) <= 64 else 32, 3)
 
 
-MOST_SUMS = 64
-"""Registers per thread that sums of values may take in `integer`."""
+INTEGER_ROWS = 4
+"""Of queries, that `integer` is for: each has two of an operand's 8 columns."""
+MOST_INTEGERS, FEW_INTEGERS = 40, 24
+"""Registers of a thread that sums of values and queries may take in `integer`, so that it is taken at all, and so that
+128 in all are enough."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ class WordShape:
 
 @dataclass(frozen=True)
 class Integers:
-    """What `integer` is compiled for: sides in tiles of `KEY_WORDS` and `VALUE_WORDS`, tokens at once, and stages."""
+    """What `integer` is compiled for: sides in tiles of `KEY_WORDS` and `VALUE_WORDS`, tokens at once, and stages of their
+    loads. The latter two follow from times on an H200."""
 
     key: WordShape
     value: WordShape
@@ -178,19 +182,21 @@ class Integers:
 
     @classmethod
     def of(cls, groups: Sequence[GroupLayout], head_size: int) -> Integers | None:
-        """None for layers without codes."""
+        """None for layers without codes, or of more columns than one warp has registers for."""
         key = WordShape.of([group.key for group in groups], head_size, KEY_WORDS)
         value = WordShape.of([group.value for group in groups], head_size, VALUE_WORDS)
-        return cls(key, value, 32, 3) if key.tiles or value.tiles else None
+        shape = cls(key, value, 32, 3)
+        return shape if (key.tiles or value.tiles) and shape._registers <= MOST_INTEGERS else None
 
-    def fits(self, rows: int) -> bool:
-        """Whether a warp has registers for so many rows of queries."""
-        return self.registers(rows) <= MOST_SUMS
+    @property
+    def is_small(self) -> bool:
+        return self._registers <= FEW_INTEGERS
 
-    def registers(self, rows: int) -> int:
-        """Of a thread, that sums of values and queries take."""
-        sums = 2 * self.value.fields * VALUE_WORDS * rows // 32 + self.value.exact.columns * 2 * rows // 32
-        return sums
+    @property
+    def _registers(self) -> int:
+        sums = self.value.fields * VALUE_WORDS + 2 * self.value.exact.columns
+        queries = self.key.fields * KEY_WORDS // 2 + self.key.exact.columns
+        return (sums + queries) * INTEGER_ROWS // 32
 
 
 @dataclass(frozen=True)
