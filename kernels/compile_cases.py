@@ -177,6 +177,7 @@ KNOWN = (
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
     Known("loads", 4, "*tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
     Known("spills", 8, "tiers-j1-head-256", "prefill", "90", ACROSS),
+    Known("spills", 8, "tiers-j1-head-256", "attend_codes", "80", ACROSS),
     Known("loads", 2, "tiers-j[12]*", "prefill", "*0*", ENDS),
     Known("spills", 208, "*", "prefill", "90", ENDS),
     Known("moves", 10, "*", "prefill", "90", ENDS),

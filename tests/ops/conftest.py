@@ -165,6 +165,32 @@ class FusedLayer:
         lens = torch.tensor([*seq_lens, *[0] * padding])
         return Step(query, *(x.to(DEVICE, torch.int32) for x in (table, lens, starts)))
 
+    def decode(
+        self, step: Step, *, max_queries: int = 1, num_splits: int = 1, reserved: int | None = None
+    ) -> torch.Tensor:
+        """By the kernel; whatever it does not write is NaN. `reserved` splits have a workspace, by default all."""
+        from mkv_kernels.fused.decode import DecodeWorkspace, decode
+
+        T = len(step.query)
+        workspace = DecodeWorkspace.make(self.table, T, self.num_heads, reserved or num_splits)
+        workspace.partial.fill_(float("nan"))
+        workspace.stats.fill_(float("nan"))
+        output = torch.full((T, self.num_heads, self.d), float("nan"), dtype=self.dtype, device=DEVICE)
+        decode(
+            step.query,
+            self.cache,
+            self.table,
+            *step.integers,
+            SCALE,
+            output,
+            workspace,
+            max_queries=max_queries,
+            num_splits=num_splits,
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )
+        return output
+
     def by_run(self, query: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q' as the twin takes it."""
         return tuple(query[:, list(run.run.groups), ..., : run.rank_k] for run in self.bases.runs)

@@ -19,26 +19,8 @@ LENGTHS = (1, 15, 16, 17, 63)
 HALF = torch.float16
 
 
-def run(layer, step, *, max_queries=1, num_splits=1, reserved=None):
-    T = len(step.query)
-    workspace = DecodeWorkspace.make(layer.table, T, layer.num_heads, reserved or num_splits)
-    workspace.partial.fill_(float("nan"))
-    workspace.stats.fill_(float("nan"))
-    output = torch.full((T, layer.num_heads, layer.d), float("nan"), dtype=layer.dtype, device=step.query.device)
-    decode(
-        step.query,
-        layer.cache,
-        layer.table,
-        *step.integers,
-        SCALE,
-        output,
-        workspace,
-        max_queries=max_queries,
-        num_splits=num_splits,
-        window=layer.window,
-        soft_cap=layer.soft_cap,
-    )
-    return output
+def run(layer, step, **options):
+    return layer.decode(step, **options)
 
 
 # Uneven ranks of 16, 48, 112, 128 and the full width; tiers alone, together, and another in every group.
@@ -131,6 +113,20 @@ def test_a_request_does_not_depend_on_its_neighbours(make_layer):
     assert torch.equal(run(layer, step, num_splits=2), together[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_row_alone(make_layer, dtype, value):
+    layer = make_layer(("8x1 4x2", "4x3"), ("4x2 2x2", "8x1 2x2"), dtype=dtype, fold_up=True)
+    step = layer.step((40,), (1,))
+    before = run(layer, step, num_splits=2)
+    step.query[0, 1, 0, 2, 3] = value
+    found = run(layer, step, num_splits=2)
+    row = layer.M + 2
+    assert not found[0, row].isfinite().any()
+    others = [head for head in range(layer.num_heads) if head != row]
+    assert torch.equal(found[0, others], before[0, others])
+
+
 @st.composite
 def layers(draw):
     J, M = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (4, 1)]))
@@ -171,12 +167,13 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
 def test_values_that_keep_their_excess(make_layer, monkeypatch, length):
     """As bfloat16's do on GPUs: subtracted every 2048 tokens, and behind the last."""
     monkeypatch.setattr(launch.Target, "raises_values", lambda self, dtype: True)
-    layer = make_layer(("16x1 4x1", "8x1 4x1 2x1"), block_size=128, dtype=HALF)
+    layer = make_layer(("16x1 4x1", "8x1 4x1 2x1"), M=8, block_size=128, dtype=HALF)
     step = layer.step([length, 17], [1, 1])
     layer.check(run(layer, step, num_splits=1), step)
 
 
-def test_launches_allocate_nothing(make_layer, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_launches_allocate_nothing(make_layer, monkeypatch, dtype):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):
@@ -188,11 +185,12 @@ def test_launches_allocate_nothing(make_layer, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    layer = make_layer(("16x1 4x2", "8x1 2x2"))
+    layer = make_layer(("16x1 4x2", "8x1 2x2"), dtype=dtype)
     step = layer.step([33], [1])
     workspace = DecodeWorkspace.make(layer.table, 1, layer.num_heads, 2)
     output, cache, seen = step.query.new_empty(1, layer.num_heads, 64), layer.cache, set()
     monkeypatch.setattr(module, "_attend_kernel", Kernel())
+    monkeypatch.setattr(module, "_attend_codes_kernel", Kernel())
     monkeypatch.setattr(combine, "_combine_kernel", Kernel())
     monkeypatch.setattr(combine, "_up_kernel", Kernel())
     with Recorder():

@@ -88,7 +88,8 @@ def _combine_kernel(
         mask = (b_m > float("-inf"))[:, :, None] & (col < rank)[None, None, :]
         o = tl.load(partial_ptr + (at * stride_partial)[:, :, None] + col[None, None, :], mask=mask, other=0.0)
         acc += tl.sum(o * tl.exp2(b_m - m[None, :])[:, :, None], 0)
-    acc *= tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)[:, None]
+    # Of scores that are no numbers, no maximum says that there are any; their total does, and stays none.
+    acc *= tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if FOLDED:
         mask = row_mask[:, None] & (col < D)[None, :]
         head = group * HEADS + row

@@ -51,17 +51,25 @@ _MASKS = tl.constexpr((0x0F, -0x10, 0x03, 0x30))
 
 
 @triton.constexpr_function
-def _field_ptx(field: int) -> str:
-    mask = ("0x0f0f0f0f", "0xf0f0f0f0", "0x03030303", "0x30303030")[field]
-    return f"lop3.b32 $0, $1, {mask}, 0x80808080, 0x6a;" if field == 1 else f"and.b32 $0, $1, {mask};"
+def bytes_ptx(half: int) -> str:
+    """The same byte of four words, of which $1 and $2 have two each."""
+    return f"prmt.b32 $0, $1, $2, {(0x6420, 0x7531)[half]:#x};"
+
+
+@triton.constexpr_function
+def field_ptx(field: int) -> str:
+    """Of four bytes at once."""
+    mask = (0x0F0F0F0F, 0xF0F0F0F0, 0x03030303, 0x30303030)[field]
+    if field == 1:
+        return f"lop3.b32 $0, $1, {mask:#x}, 0x80808080, 0x6a;"
+    return f"and.b32 $0, $1, {mask:#x};"
 
 
 @triton.jit
 def bytes_of(words, HALF: tl.constexpr, PTX: tl.constexpr):
     """The lower or the upper bytes of words."""
     if PTX:
-        order: tl.constexpr = "prmt.b32 $0, $1, $2, 0x6420;" if HALF == 0 else "prmt.b32 $0, $1, $2, 0x7531;"
-        halves = tl.inline_asm_elementwise(order, "=r,r,r", [words], dtype=tl.int8, is_pure=True, pack=4)
+        halves = tl.inline_asm_elementwise(bytes_ptx(HALF), "=r,r,r", [words], dtype=tl.int8, is_pure=True, pack=4)
     else:
         halves = (words >> (8 * HALF)).to(tl.int8)
     return halves
@@ -71,7 +79,7 @@ def bytes_of(words, HALF: tl.constexpr, PTX: tl.constexpr):
 def field_of(codes, FIELD: tl.constexpr, PTX: tl.constexpr):
     """See the module's docstring; bytes to signed bytes."""
     if PTX:
-        field = tl.inline_asm_elementwise(_field_ptx(FIELD), "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
+        field = tl.inline_asm_elementwise(field_ptx(FIELD), "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4)
     elif FIELD == HIGH:
         field = (codes & _MASKS[FIELD]) ^ -0x80
     else:
@@ -177,8 +185,19 @@ def coordinates_of(word, region, HALF: tl.constexpr, CODE: tl.constexpr):
 
 
 @triton.jit
+def load_code(query, row_mask, word, region, HALF: tl.constexpr, CODE: tl.constexpr):
+    """q' of a byte's code, [W, R] float32; 0 where there is none."""
+    col, inside = coordinates_of(word, region, HALF, CODE)
+    # Two and two are neighbours, all tiers' words being even; said so that each thread gets words of its own, for only
+    # then does Triton keep them as products read them.
+    col = tl.max_contiguous(col, 2)
+    mask = inside[:, None] & row_mask[None, :]
+    return tl.load(query[None, :] + col[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
-    """What fields of keys are multiplied by, [KEY_WORDS, R] by tile, half and field; and the constant of the scores, [R].
+    """What fields of keys are multiplied by, [KEY_WORDS, R] by tile, half and field; and the scores' constant, [R].
 
     Shapes: query [R] pointers.
     """
@@ -189,33 +208,30 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
         _is_8, is_4, is_2 = tiers_of(word, region)
         four, two = is_4[:, None], is_2[:, None]
         for half in tl.static_range(2):
-            q = ()
-            for code in tl.static_range(fields_of(KEY[1], tile)):
-                col, inside = coordinates_of(word, region, half, code)
-                # Two and two are neighbours, all tiers' words being even; said so that each thread gets words of its own,
-                # for only then does Triton keep them as products read them.
-                col = tl.max_contiguous(col, 2)
-                b_q = tl.load(query[None, :] + col[:, None], mask=inside[:, None] & row_mask[None, :], other=0.0)
-                q = q + (b_q.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-            low = tl.where(two, q[1] * 0.5, q[0] * 2.0)
-            high = tl.where(four, q[1] * 0.125, q[0] * 2.0)
-            rest = tl.where(four, q[1] - 15.0 * q[0], q[0])
+            q_0 = load_code(query, row_mask, word, region, half, 0)
+            q_1 = load_code(query, row_mask, word, region, half, 1)
+            low = tl.where(two, q_1 * 0.5, q_0 * 2.0)
+            high = tl.where(four, q_1 * 0.125, q_0 * 2.0)
+            rest = tl.where(four, q_1 - 15.0 * q_0, q_0)
             if tile < KEY[1]:
-                high = tl.where(two, q[3] * 0.03125, high)
-                rest = tl.where(two, q[3] - 3.0 * (q[0] + q[1] + q[2]), rest)
-            weights = weights + (low, high)  # type: ignore[assignment]  # noqa: RUF005
-            if tile < KEY[1]:
-                first = tl.where(two, q[0] * 2.0 - q[1] * 0.5, 0.0)
-                third = tl.where(two, q[2] * 0.125 - q[3] * 0.03125, 0.0)
-                weights = weights + (first, third)  # type: ignore[assignment]  # noqa: RUF005
+                q_2 = load_code(query, row_mask, word, region, half, 2)
+                q_3 = load_code(query, row_mask, word, region, half, 3)
+                high = tl.where(two, q_3 * 0.03125, high)
+                rest = tl.where(two, q_3 - 3.0 * (q_0 + q_1 + q_2), rest)
+                first = tl.where(two, q_0 * 2.0 - q_1 * 0.5, 0.0)
+                third = tl.where(two, q_2 * 0.125 - q_3 * 0.03125, 0.0)
+                weights = weights + (low, high, first, third)  # type: ignore[assignment]  # noqa: RUF005
+            else:
+                weights = weights + (low, high)  # type: ignore[assignment]  # noqa: RUF005
             constant += tl.sum(rest, 0)
     return weights, constant
 
 
 @triton.jit
 def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
-    """Signed pairs of bytes of the weights, [KEY_WORDS, 2 R], and what products with the lower and with the upper fields are worth,
-    [R] each: they are far apart, and so have a scale each."""
+    """Signed pairs of bytes of the weights, [KEY_WORDS, 2 R]; what products with the lower and with the upper fields
+    are worth, [R] each: they are far apart, and so have a scale each; and [R] zeros, but for rows that are not finite,
+    which no integer would show."""
     largest_low, largest_high = tl.zeros([R], dtype=tl.float32), tl.zeros([R], dtype=tl.float32)
     for i in tl.static_range(len(weights)):
         largest = tl.max(tl.abs(weights[i]), 0)
@@ -223,13 +239,14 @@ def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
             largest_low = tl.maximum(largest_low, largest)
         else:
             largest_high = tl.maximum(largest_high, largest)
+    zeros = (largest_low - largest_low) + (largest_high - largest_high)
     worth = (tl.maximum(largest_low, LEAST) * WORTH, tl.maximum(largest_high, LEAST) * WORTH)
     by = (1.0 / worth[0], 1.0 / worth[1])
     queries = ()
     for i in tl.static_range(len(weights)):
         pairs = tl.reshape(bytes_of_numbers(rounded(weights[i], by[i % 2][None, :])), [KEY_WORDS, 2 * R])
         queries = queries + (signed(pairs, low_bytes(R)[None, :], PTX),)  # type: ignore[assignment]  # noqa: RUF005
-    return queries, worth
+    return queries, worth, zeros
 
 
 @triton.jit
@@ -268,7 +285,7 @@ def load_scales(blocks, start, pages, strides, region, BLOCK_SIZE: tl.constexpr,
         for j in tl.static_range(2):
             slot = tl.multiple_of((start + 32 * i + 16 * j) % BLOCK_SIZE, 16)
             at = at + (blocks[2 * i + j].to(tl.int64) * strides[1] + slot // 2,)  # type: ignore[assignment]  # noqa: RUF005
-        both = tl.where(second, at[1], at[0])[None, :] + (token // 4 * 2)[:, None]
+        both = tl.where(second, at[1], at[0])[None, :] + (token // 4 * 2)[:, None]  # type: ignore[misc]
         fours = (scales_at(pages[1], region) + both).to(tl.pointer_type(tl.int32), bitcast=True)
         b_s = tl.load(fours, mask=(tl.load(region + 8) + token * 0 >= 0)[:, None], other=0)
         b_0, b_1 = tl.split(b_s)
@@ -370,18 +387,19 @@ def attend_codes(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Maximum [R] and total [R] of the scores' powers of 2; sums of values' fields (see `no_sums`), and the total [R] of
-    their weights; accumulators of the 16-bit tier (see `warp.no_values`), [C, 2 R], of which every other column counts.
+    """Maximum [R] and total [R] of the scores' powers of 2; sums of values' fields (see `no_sums`), and the total [R]
+    of their weights; accumulators of the 16-bit tier (see `warp.no_values`), [C, 2 R], of which every other column
+    counts.
 
     Args beside those of `tile.attend_tokens`:
         query: [R] pointers to rows of q'.
-        KEY, VALUE: tiles of words of a side, and how many of them have codes of 2 bits; VALUE also how many there are in
-            every group.
+        KEY, VALUE: of `table.WordShape`.
         EXACT_KEY, EXACT_VALUE: chunks and tiles of `table.SideShape`, of the 16-bit tier alone.
     """
     factor = 1.0 if SOFT_CAP > 0 else qk_scale
     weights, constant = weigh_queries(query, row_mask, region_k, R, KEY)
-    queries, worth = quantise_queries(weights, R, PTX)
+    queries, worth, zeros = quantise_queries(weights, R, PTX)
+    constant += zeros
     exact_queries = ()
     for tile in tl.static_range(0 + EXACT_KEY[1][0]):
         col, inside = coordinates(region_k, EXACT_KEY, 0, tile, 0)
@@ -415,8 +433,9 @@ def attend_codes(
             scales_k = load_scales(blocks, start, pages, strides, region_k, BLOCK_SIZE, N)
             for i in tl.static_range(N // 16):
                 s = scores_of_page(
-                    queries, worth, constant, exact_queries, scales_k[i], blocks[i : i + 1], start + 16 * i, last, pages,
-                    strides, region_k, qk_scale, BLOCK_SIZE, R, PTX, KEY, EXACT_KEY, PRECISION, SOFT_CAP, stretch == 1,
+                    queries, worth, constant, exact_queries, scales_k[i], blocks[i : i + 1], start + 16 * i, last,
+                    pages, strides, region_k, qk_scale, BLOCK_SIZE, R, PTX, KEY, EXACT_KEY, PRECISION, SOFT_CAP,
+                    stretch == 1,
                 )  # fmt: skip
                 if stretch != 1:
                     n = start + 16 * i + tl.arange(0, 16)
@@ -425,7 +444,7 @@ def attend_codes(
                         seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
                     s = tl.where(seen, s, float("-inf"))
                 scores = scores + (s,)  # type: ignore[assignment]  # noqa: RUF005
-            most = scores[0]
+            most = scores[0]  # type: ignore[misc]
             for i in tl.static_range(1, N // 16):
                 most = tl.maximum(most, scores[i])
             m_new = tl.maximum(m, tl.max(most, 0))
@@ -445,7 +464,7 @@ def attend_codes(
                     scales = tl.where(start + 16 * i + tl.arange(0, 16) < last, scales, 0.0)
                 powers = powers + (p,)  # type: ignore[assignment]  # noqa: RUF005
                 shares = shares + (p * scales[:, None],)  # type: ignore[assignment]  # noqa: RUF005
-            most = shares[0]
+            most = shares[0]  # type: ignore[misc]
             for i in tl.static_range(1, N // 16):
                 most = tl.maximum(most, shares[i])
             worth_v = tl.maximum(tl.max(most, 0), LEAST) * WORTH
@@ -494,18 +513,19 @@ def attend_codes(
 @triton.jit
 def odd_sums(sums, weight, word, region, FIELDS: tl.constexpr):
     """Sums of odd integers by a byte's codes, [VALUE_WORDS, R] each, from those of its fields."""
-    is_8, is_4, is_2 = tiers_of(word, region)
+    _is_8, is_4, is_2 = tiers_of(word, region)
     four, two = is_4[:, None], is_2[:, None]
     low, high, w = sums[0], sums[1], weight[None, :]
     zeroth = tl.where(four, 2.0 * low - 15.0 * w, 2.0 * (low + high) + w)
     first = 0.125 * high + w
-    odd = (zeroth, first)
     if FIELDS == 4:
         zeroth = tl.where(two, 2.0 * sums[2] - 3.0 * w, zeroth)
         first = tl.where(two, 0.5 * (low - sums[2]) - 3.0 * w, first)
         second = 0.125 * sums[3] - 3.0 * w
         third = 0.03125 * (high - sums[3]) + w
         odd = (zeroth, first, second, third)
+    else:
+        odd = (zeroth, first)  # type: ignore[assignment]
     return odd
 
 

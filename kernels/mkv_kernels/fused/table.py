@@ -130,6 +130,8 @@ class Operands:
 
 INTEGER_ROWS = 4
 """Of queries, that `integer` is for: each has two of an operand's 8 columns."""
+MOST_KEY_TILES = 5
+"""Of `integer`: products with 5 * 32 words, of bytes up to 128 by 16 bits up to 32639, still sum to less than 2^31."""
 MOST_INTEGERS, FEW_INTEGERS = 40, 24
 """Registers of a thread that sums of values and queries may take in `integer`, so that it is taken at all, and so that
 128 in all are enough."""
@@ -172,8 +174,8 @@ class WordShape:
 
 @dataclass(frozen=True)
 class Integers:
-    """What `integer` is compiled for: sides in tiles of `KEY_WORDS` and `VALUE_WORDS`, tokens at once, and stages of their
-    loads. The latter two follow from times on an H200."""
+    """What `integer` is compiled for: sides in tiles of `KEY_WORDS` and `VALUE_WORDS`, tokens at once, and stages of
+    their loads. The latter two follow from times on an H200."""
 
     key: WordShape
     value: WordShape
@@ -186,7 +188,8 @@ class Integers:
         key = WordShape.of([group.key for group in groups], head_size, KEY_WORDS)
         value = WordShape.of([group.value for group in groups], head_size, VALUE_WORDS)
         shape = cls(key, value, 32, 3)
-        return shape if (key.tiles or value.tiles) and shape._registers <= MOST_INTEGERS else None
+        fits = key.tiles <= MOST_KEY_TILES and shape._registers <= MOST_INTEGERS
+        return shape if fits and (key.tiles or value.tiles) else None
 
     @property
     def is_small(self) -> bool:
@@ -224,9 +227,8 @@ class Shapes:
         for words, warps, tokens, columns in CODED_TILES:
             value = SideShape.of(values, head_size, words)
             if value.columns <= columns:
-                return cls(
-                    key, value, warps, tokens, Operands.of(groups, head_size), Integers.of(groups, head_size)
-                )
+                others = Operands.of(groups, head_size), Integers.of(groups, head_size)
+                return cls(key, value, warps, tokens, *others)
         raise AssertionError("the last of CODED_TILES has room for all")
 
 
