@@ -30,16 +30,11 @@ import triton.language as tl
 
 from mkv_kernels.fused import table
 from mkv_kernels.fused.tile import capped, coordinates, scales_at, scales_of
-from mkv_kernels.fused.warp import (
-    by_token,
-    load_blocks,
-    load_side,
-    no_values,
-    scaled,
-)
+from mkv_kernels.fused.warp import by_token, load_blocks, load_side, no_values, scaled
 
 KEY_WORDS, VALUE_WORDS = tl.constexpr(table.KEY_WORDS), tl.constexpr(table.VALUE_WORDS)
-LOW, HIGH, FIRST, THIRD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+HIGH = tl.constexpr(1)
+"""The field that is more than masked."""
 WORTH = tl.constexpr(1 / 32639)
 """Of one, where the largest number is 1: two signed bytes make up to 127 * 256 + 127."""
 ROUNDER = tl.constexpr(12582912.0 + 128.0)
@@ -295,7 +290,10 @@ def load_scales(blocks, start, pages, strides, region, BLOCK_SIZE: tl.constexpr,
 
 @triton.jit
 def scores_of_codes(queries, keys, R: tl.constexpr, KEY: tl.constexpr, PTX: tl.constexpr):
-    """Products of 16 tokens with the lower and with the upper fields, [16, R] each."""
+    """Products of 16 tokens with the lower and with the upper fields, [16, R] each.
+
+    Shapes: keys by tile, [16, KEY_WORDS].
+    """
     low, high = tl.zeros([16, 2 * R], dtype=tl.int32), tl.zeros([16, 2 * R], dtype=tl.int32)
     for tile in tl.static_range(0 + KEY[0]):
         for half in tl.static_range(2):
@@ -347,7 +345,10 @@ def no_sums(R: tl.constexpr, VALUE: tl.constexpr):
 def sums_of_tile(
     sums, words, weights, alpha, worth, TILE: tl.constexpr, R: tl.constexpr, VALUE: tl.constexpr, PTX: tl.constexpr
 ):
-    """sums alpha + the same of one tile of words by weights, `signed`, which are `worth` so much; 32 tokens each."""
+    """sums alpha + the same of one tile of words by weights, `signed`, which are `worth` so much.
+
+    Shapes: words by 32 tokens and tile, [VALUE_WORDS, 32]; weights by 32 tokens, [32, 2 R].
+    """
     added = ()
     for half in tl.static_range(2):
         for field in tl.static_range(fields_of(VALUE[1], TILE)):
