@@ -24,7 +24,7 @@ BUDGET = 0.16
 PROMPTS = ("It was a dark and", "The old man opened the door, and the wind came in, and with it the rain.")
 SPILLS = 32
 KERNELS = {
-    "decode._attend_kernel",
+    "decode._attend_codes_kernel",
     "combine._combine_kernel",
     "combine._up_kernel",
     "expand._expand_kernel",
@@ -66,10 +66,12 @@ def emulate(tmp_path):
     return run
 
 
-def test_tokens_are_those_of_the_cpu(emulate, start_engine, serving):
-    result, _, _ = emulate("--mode", "interpret", "--max-tokens", "6")
+# Decode over codes is by integers where a model has 16 bits.
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tokens_are_those_of_the_cpu(emulate, start_engine, serving, dtype):
+    result, _, _ = emulate("--mode", "interpret", "--max-tokens", "6", "--dtype", dtype)
     # The GPU's pages, so that the budget buys the same.
-    engine = start_engine(MODEL, MODEL / "mkv", BUDGET, max_model_len=128, block_size=16)
+    engine = start_engine(MODEL, MODEL / "mkv", BUDGET, max_model_len=128, block_size=16, dtype=dtype)
     expected = serving.greedy(engine, [{"prompt_token_ids": o["prompt_token_ids"]} for o in result["outputs"]], 6)
     assert [tuple(output["token_ids"]) for output in result["outputs"]] == expected
 
