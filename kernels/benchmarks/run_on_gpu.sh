@@ -57,6 +57,11 @@ tests() {
         -q -ra --durations=5 "${parallel[@]}" tests/ops
 }
 
+engine_tests() { # none of these has been run on a GPU yet
+    "$python" -m pytest -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider -q -ra --durations=5 \
+        tests/serving/test_identity.py tests/serving/test_invariance.py
+}
+
 engine() { # WIDTHS BUDGET
     "$python" -m vllm_mkv.cli bench --shape 8,32,8,128,1024 --batch 16 --contexts 4096 16384 32768 --repeats 3 \
         --group-heads 1 --widths "$1" --allocation uniform --budgets "$2" --json "$out/engine-$2.json" \
@@ -71,6 +76,7 @@ for kernel in store decode prefill; do
 done
 
 if "$python" -c "import vllm, vllm_mkv" 2>/dev/null; then
+    [ -n "${SKIP_TESTS:-}" ] || part engine-tests engine_tests
     part engine-ranks engine 16,0 0.5
     part engine-tiers engine 16,8,4,2,0 0.156
 else

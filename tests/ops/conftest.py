@@ -48,7 +48,14 @@ def import_interpreted() -> None:
             os.environ["TRITON_INTERPRET"] = before
 
 
-if DEVICE == "cpu":
+ARCH = os.environ.get("MKV_RUN_PTX", "")
+"""Where set, kernels are compiled for it and their PTX is run, which takes a while; see `compiled_for_gpu`."""
+if ARCH:
+    sys.path.insert(0, os.path.dirname(__file__))
+    import compiled_for_gpu
+
+    compiled_for_gpu.install(ARCH, eager="MKV_EAGER_COPIES" in os.environ)
+elif DEVICE == "cpu":
     import_interpreted()
 
 

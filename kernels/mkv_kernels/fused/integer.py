@@ -406,7 +406,8 @@ def attend_codes(
         col, inside = coordinates(region_k, EXACT_KEY, 0, tile, 0)
         b_q = tl.load(query[None, :] + col[:, None], mask=inside[:, None] & row_mask[None, :], other=0.0)
         # Every other column is a row's.
-        b_q = tl.reshape(tl.join(b_q, b_q * 0.0), [0 + EXACT_KEY[0][0], 2 * R])
+        nothing = tl.zeros([0 + EXACT_KEY[0][0], R], dtype=b_q.dtype)
+        b_q = tl.reshape(tl.join(b_q, nothing), [0 + EXACT_KEY[0][0], 2 * R])
         exact_queries = exact_queries + (b_q,)  # type: ignore[assignment]  # noqa: RUF005
     m = tl.full([R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([16, R], dtype=tl.float32)
