@@ -100,9 +100,8 @@ class Warp:
             values = values.view(kind) if values.itemsize == np.dtype(kind).itemsize else values.astype(kind)
         if mask is not None and not mask.all():
             before = self.registers.get(name)
-            undefined = np.full(LANES * np.dtype(kind).itemsize, 0xA5 if kind is not np.bool_ else 0, np.uint8).view(
-                kind
-            )
+            byte = 0 if kind is np.bool_ else 0xA5
+            undefined = np.full(LANES * np.dtype(kind).itemsize, byte, np.uint8).view(kind)
             values = np.where(mask, values, undefined if before is None else before)
         self.registers[name] = values
 

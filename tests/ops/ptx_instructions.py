@@ -228,6 +228,7 @@ def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
         return matrix_instruction(name, modifiers, operands)
     registers = names(operands[0 if name == "ld" else 1])
     where = address(operands[1 if name == "ld" else 0])
+    sources = [getter(register, kind) for register in registers]
     in_shared = "shared" in modifiers
     whole = size * len(registers)
 
@@ -248,8 +249,7 @@ def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
 
     def store(warp: Warp, mask: Values | None) -> None:
         which = lanes(mask)
-        columns = [getter(register, kind)(warp)[which, None] for register in registers]
-        data = np.ascontiguousarray(np.concatenate(columns, 1)).view(np.uint8)
+        data = np.ascontiguousarray(np.concatenate([source(warp)[which, None] for source in sources], 1)).view(np.uint8)
         if in_shared:
             warp.shared.write(where(warp)[which], data)
         else:
@@ -260,11 +260,6 @@ def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
 
 
 def copy_instruction(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
-    def finish(warp: Warp, groups: list[list[tuple[Values, Values]]]) -> None:
-        for group in groups:
-            for to, data in group:
-                warp.shared.write(to, data)
-
     if "commit_group" in modifiers:
 
         def commit(warp: Warp, mask: Values | None) -> None:
@@ -277,7 +272,8 @@ def copy_instruction(modifiers: list[str], operands: list[str]) -> Callable[[War
 
         def wait(warp: Warp, mask: Values | None) -> None:
             done = max(0, len(warp.copies) - left)
-            finish(warp, warp.copies[:done])
+            for where, data in (copy for group in warp.copies[:done] for copy in group):
+                warp.shared.write(where, data)
             warp.copies = warp.copies[done:]
 
         return wait
@@ -337,6 +333,8 @@ def mma(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | N
     bits = {"s8": 8, "f16": 16, "bf16": 16}[of]
     each = 32 // bits
     group, within = np.arange(LANES) // 4, np.arange(LANES) % 4
+    final = np.int32 if of == "s8" else np.float32
+    before = [getter(register, final) for register in c]
 
     def numbers(warp: Warp, register: str) -> Values:
         """[lanes, each]"""
@@ -356,9 +354,8 @@ def mma(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | N
             first = each * within + 4 * each * i
             right[first[:, None] + np.arange(each), group[:, None]] = numbers(warp, register)
         product = left @ right
-        final = np.int32 if of == "s8" else np.float32
         for i, register in enumerate(to):
-            found = product[group + 8 * (i // 2), 2 * within + i % 2] + getter(c[i], final)(warp)
+            found = product[group + 8 * (i // 2), 2 * within + i % 2] + before[i](warp)
             if of == "s8" and np.abs(found).max() >= 1 << 31:
                 raise ValueError("a sum beyond 32 bits")
             warp.write(register, found.astype(final), mask)

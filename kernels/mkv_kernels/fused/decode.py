@@ -42,9 +42,16 @@ def _rows_of(query_start_loc_ptr, HEADS: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _stretch_of(programs_ptr, seq_len, q_len, N: tl.constexpr, WINDOW: tl.constexpr):
-    """Tokens of a program's split, [first, last)."""
-    program = tl.program_id(0)
+def _work_of(
+    programs_ptr, seq_lens_ptr, query_start_loc_ptr, HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """A program's group; of its rows, see `_rows_of`, and the last token that each sees, -1 for rows that are none; and
+    the tokens of its split, [first, last)."""
+    program, request = tl.program_id(0), tl.program_id(1)
+    group = tl.load(programs_ptr + 4 * program)
+    seq_len = tl.load(seq_lens_ptr + request)
+    token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
     split = tl.load(programs_ptr + 4 * program + 1)
     num_splits = tl.load(programs_ptr + 4 * program + 2)
     seen = 0
@@ -57,7 +64,26 @@ def _stretch_of(programs_ptr, seq_len, q_len, N: tl.constexpr, WINDOW: tl.conste
     last = tl.minimum(first + tokens, seq_len)
     if WINDOW > 0:
         first = tl.where(split == 0, seen // 16 * 16, first)
-    return first, last
+    row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
+    return group, token, head, row_mask, row_last, first, last
+
+
+@triton.jit
+def _store_stats(
+    m, total, programs_ptr, query_start_loc_ptr, regions_ptr, stats_ptr, num_programs, HEADS: tl.constexpr,
+    FIELDS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Returns where a program's rows are in `stats` and `partial`, which of them there are, and the values' region.
+
+    All of that is read and derived again: kept through the loop, it would take registers that the loop needs.
+    """
+    program = tl.program_id(0)
+    token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
+    region_v = regions_ptr + tl.load(programs_ptr + 4 * program, volatile=True) * (2 * FIELDS) + FIELDS
+    at = (token * num_programs + program) * HEADS + head
+    tl.store(stats_ptr + 2 * at, m, mask=row_mask)
+    tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
+    return at, row_mask, region_v
 
 
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
@@ -102,16 +128,13 @@ def _attend_kernel(
     IN_WARP: tl.constexpr,
 ):
     """exp2(s - m) v', m and total over one split. Shapes, in float32: partial [T, P, J M, R], stats [T, P, J M, 2]."""
-    program, request = tl.program_id(0), tl.program_id(1)
-    group = tl.load(programs_ptr + 4 * program)
-    seq_len = tl.load(seq_lens_ptr + request)
-    token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
-    first, last = _stretch_of(programs_ptr, seq_len, q_len, N, WINDOW)
-    row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
+    group, token, head, row_mask, row_last, first, last = _work_of(
+        programs_ptr, seq_lens_ptr, query_start_loc_ptr, HEADS, M, N, WINDOW
+    )
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
     region_k = regions_ptr + group * (2 * FIELDS)
     region_v = region_k + FIELDS
-    block_table = block_table_ptr + request.to(tl.int64) * stride_table
+    block_table = block_table_ptr + tl.program_id(1).to(tl.int64) * stride_table
     m, total, acc = attend(
         shifts_ptr,
         query,
@@ -139,12 +162,9 @@ def _attend_kernel(
         IN_WARP,
     )
 
-    # Read and derived again: kept through the loop, they would take registers that it needs.
-    token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
-    region_v = regions_ptr + tl.load(programs_ptr + 4 * program, volatile=True) * (2 * FIELDS) + FIELDS
-    at = (token * num_programs + program) * HEADS + head
-    tl.store(stats_ptr + 2 * at, m, mask=row_mask)
-    tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
+    at, row_mask, region_v = _store_stats(
+        m, total, programs_ptr, query_start_loc_ptr, regions_ptr, stats_ptr, num_programs, HEADS, FIELDS, M
+    )
     # A split beyond the request's context says so by m; nobody reads its part.
     if first < last:
         left = acc
@@ -201,12 +221,9 @@ def _attend_codes_kernel(
     SOFT_CAP: tl.constexpr,
 ):
     """What `_attend_kernel` does, by products of integers."""
-    program, request = tl.program_id(0), tl.program_id(1)
-    group = tl.load(programs_ptr + 4 * program)
-    seq_len = tl.load(seq_lens_ptr + request)
-    token, head, row_mask, q_index, q_len = _rows_of(query_start_loc_ptr, HEADS, M)
-    first, last = _stretch_of(programs_ptr, seq_len, q_len, N, WINDOW)
-    row_last = tl.where(row_mask, seq_len - q_len + q_index, -1)
+    group, token, head, row_mask, row_last, first, last = _work_of(
+        programs_ptr, seq_lens_ptr, query_start_loc_ptr, HEADS, M, N, WINDOW
+    )
     query = q_ptr + token * stride_q_token + group * stride_q_group + head * stride_q_head
     region_k = regions_ptr + group * (2 * FIELDS)
     m, total, sums, weight, acc = attend_codes(
@@ -217,7 +234,7 @@ def _attend_codes_kernel(
         last,
         (cache_ptr, words_ptr),
         (stride_cache, stride_words),
-        block_table_ptr + request.to(tl.int64) * stride_table,
+        block_table_ptr + tl.program_id(1).to(tl.int64) * stride_table,
         region_k,
         region_k + FIELDS,
         qk_scale,
@@ -235,12 +252,9 @@ def _attend_codes_kernel(
         SOFT_CAP,
     )
 
-    # See `_attend_kernel`.
-    token, head, row_mask, _, _ = _rows_of(query_start_loc_ptr, HEADS, M)
-    region_v = regions_ptr + tl.load(programs_ptr + 4 * program, volatile=True) * (2 * FIELDS) + FIELDS
-    at = (token * num_programs + program) * HEADS + head
-    tl.store(stats_ptr + 2 * at, m, mask=row_mask)
-    tl.store(stats_ptr + 2 * at + 1, total, mask=row_mask)
+    at, row_mask, region_v = _store_stats(
+        m, total, programs_ptr, query_start_loc_ptr, regions_ptr, stats_ptr, num_programs, HEADS, FIELDS, M
+    )
     if first < last:
         out = partial_ptr + at * stride_partial
         store_sums(out, row_mask, region_v, sums, weight, VALUE)

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from mkv_kernels.fused import table
 from mkv_kernels.fused.tile import capped, coordinates, scales_at, scales_of
-from mkv_kernels.fused.warp import by_token, load_blocks, load_side, no_values, scaled
+from mkv_kernels.fused.warp import by_token, load_blocks, load_side, no_values, scaled, seen_by, stretches_of
 
 KEY_WORDS, VALUE_WORDS = tl.constexpr(table.KEY_WORDS), tl.constexpr(table.VALUE_WORDS)
 HIGH = tl.constexpr(1)
@@ -414,17 +414,8 @@ def attend_codes(
     weight = tl.zeros([16, R], dtype=tl.float32)
     sums = no_sums(R, VALUE)
     acc = no_values(2 * R, EXACT_VALUE)
-    first = tl.multiple_of(first, 16)
-    row_end = tl.minimum(row_last, last - 1)
-    all_see = tl.min(tl.where(row_mask, row_end + 1, last), 0)
-    newest = tl.max(row_last, 0)
+    row_end, bounds = stretches_of(row_mask, row_last, first, last, N, WINDOW)
     last_page = (last - 1) // BLOCK_SIZE
-    # As in `warp`: every row sees all tokens of the middle stretch, which has no masks, and whole tiles.
-    head = first
-    if WINDOW > 0:
-        head = tl.minimum(first + tl.cdiv(tl.maximum(newest - WINDOW + 1 - first, 0), N) * N, last)
-    tail = head + tl.maximum(all_see - head, 0) // N * N
-    bounds = (first, head, tail, last)
     for stretch in tl.static_range(0 if WINDOW > 0 else 1, 3):
         begin, end = bounds[stretch], bounds[stretch + 1]
         ahead = load_blocks(block_table, begin, last_page, BLOCK_SIZE, N)
@@ -441,10 +432,7 @@ def attend_codes(
                 )  # fmt: skip
                 if stretch != 1:
                     n = start + 16 * i + tl.arange(0, 16)
-                    seen = n[:, None] <= row_end[None, :]
-                    if WINDOW > 0:
-                        seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
-                    s = tl.where(seen, s, float("-inf"))
+                    s = tl.where(seen_by(n, row_end, row_last, WINDOW), s, float("-inf"))
                 scores = scores + (s,)  # type: ignore[assignment]  # noqa: RUF005
             most = scores[0]  # type: ignore[misc]
             for i in tl.static_range(1, N // 16):

@@ -215,6 +215,32 @@ def scaled(acc, alpha):
 
 
 @triton.jit
+def stretches_of(row_mask, row_last, first, last, N: tl.constexpr, WINDOW: tl.constexpr):
+    """The last token in [first, last) that each row sees, and where three stretches of these begin, and the last ends.
+
+    Every row sees all tokens of the middle one, which needs no masks, and has whole tiles of N.
+    """
+    first = tl.multiple_of(first, 16)
+    row_end = tl.minimum(row_last, last - 1)
+    all_see = tl.min(tl.where(row_mask, row_end + 1, last), 0)
+    head = first
+    if WINDOW > 0:
+        newest = tl.max(row_last, 0)
+        head = tl.minimum(first + tl.cdiv(tl.maximum(newest - WINDOW + 1 - first, 0), N) * N, last)
+    tail = head + tl.maximum(all_see - head, 0) // N * N
+    return row_end, (first, head, tail, last)
+
+
+@triton.jit
+def seen_by(token, row_end, row_last, WINDOW: tl.constexpr):
+    """Which tokens [N] which rows [M] see, [N, M]."""
+    seen = token[:, None] <= row_end[None, :]
+    if WINDOW > 0:
+        seen = seen & (token[:, None] > row_last[None, :] - WINDOW)
+    return seen
+
+
+@triton.jit
 def attend_in_warp(
     shifts_ptr,
     query,
@@ -254,17 +280,8 @@ def attend_in_warp(
     total = tl.zeros([N, M], dtype=tl.float32)
     acc = no_values(M, VALUE)
     alike = tl.zeros([16, M], dtype=tl.float32)
-    first = tl.multiple_of(first, 16)
-    row_end = tl.minimum(row_last, last - 1)
-    all_see = tl.min(tl.where(row_mask, row_end + 1, last), 0)
-    newest = tl.max(row_last, 0)
+    row_end, bounds = stretches_of(row_mask, row_last, first, last, N, WINDOW)
     last_page = (last - 1) // BLOCK_SIZE
-    # Every row sees all tokens of the middle stretch, which has no masks, and whole tiles.
-    head = first
-    if WINDOW > 0:
-        head = tl.minimum(first + tl.cdiv(tl.maximum(newest - WINDOW + 1 - first, 0), N) * N, last)
-    tail = head + tl.maximum(all_see - head, 0) // N * N
-    bounds = (first, head, tail, last)
     for stretch in tl.static_range(0 if WINDOW > 0 else 1, 3):
         begin, end = bounds[stretch], bounds[stretch + 1]
         ahead = load_blocks(block_table, begin, last_page, BLOCK_SIZE, N)
@@ -281,10 +298,7 @@ def attend_in_warp(
                 s = capped(s * qk_scale, SOFT_CAP)
             n = start + tl.arange(0, N)
             if stretch != 1:
-                seen = n[:, None] <= row_end[None, :]
-                if WINDOW > 0:
-                    seen = seen & (n[:, None] > row_last[None, :] - WINDOW)
-                s = tl.where(seen, s, float("-inf"))
+                s = tl.where(seen_by(n, row_end, row_last, WINDOW), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 0))
             # A row that has seen nothing yet would subtract infinity from infinity.
             base = tl.where(m_new == float("-inf"), 0.0, m_new * factor)
