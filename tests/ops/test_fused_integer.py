@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mkv_kernels.fused import decode as module
-from mkv_kernels.fused.integer import bytes_ptx, field_ptx
+from mkv_kernels.fused.fields import bytes_ptx, field_ptx
 from mkv_kernels.fused.table import Shapes
 from mkv_kernels.layout import PageLayout
 from mkv_kernels.pages import view_pages
