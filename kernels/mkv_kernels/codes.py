@@ -31,6 +31,8 @@ LEAST_SCALE, LARGEST_SCALE = 2.0**-14, 61440.0
 """A token without any energy keeps a scale to divide by, an outlier one that is finite."""
 SCALE_SHIFT = 7
 """Bits of a float16 number's mantissa that a scale does without."""
+NAN_CODE = 0x7E00 >> SCALE_SHIFT
+"""A scale that is no number, whatever its bits: a GPU's have a full mantissa, which rounding would carry into 0."""
 
 
 def multipliers(widths: BlockWidths) -> torch.Tensor:
@@ -43,9 +45,13 @@ def multipliers(widths: BlockWidths) -> torch.Tensor:
 
 
 def scale_codes(x: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the quantised coordinates of every token, as the page keeps it: [.., R] to [..] uint8."""
+    """Root mean square of the quantised coordinates of every token, as the page keeps it: [.., R] to [..] uint8.
+
+    Of coordinates that are no numbers the scale is none; of infinite ones, it is the largest.
+    """
     scales = x.square().mean(-1).sqrt().clamp(LEAST_SCALE, LARGEST_SCALE).to(torch.float16)
-    return ((scales.view(torch.int16) + (1 << (SCALE_SHIFT - 1))) >> SCALE_SHIFT).to(torch.uint8)
+    codes = ((scales.view(torch.int16) + (1 << (SCALE_SHIFT - 1))) >> SCALE_SHIFT).to(torch.uint8)
+    return codes.masked_fill_(scales.isnan(), NAN_CODE)
 
 
 def scale_values(codes: torch.Tensor) -> torch.Tensor:

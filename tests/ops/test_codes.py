@@ -127,6 +127,9 @@ def test_a_scale_is_near_the_root_mean_square_and_stands_for_itself():
     assert torch.equal(scale_codes(values[:, None].expand(-1, 16)), codes)
 
 
-def test_a_token_that_is_not_a_number_shows():
-    assert scale_values(scale_codes(torch.tensor([[1.0, math.nan]]))).isnan().all()
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_token_that_is_not_a_number_shows(bits):
+    """A GPU's own have a full mantissa, as the second."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert scale_values(scale_codes(torch.cat([torch.ones(1), nan])[None])).isnan().all()
     assert round_trip(torch.tensor([1.0, math.nan] * 16), (4, 2)).isnan().all()

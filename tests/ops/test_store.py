@@ -215,6 +215,20 @@ def test_any_layer_compiled(make_layer, case):
     check(make_layer(widths=widths, **shape, seed=seed), T, run_compiled)
 
 
+@both
+@pytest.mark.parametrize("bits", [0x7E00, 0x7FFF])
+def test_what_is_not_a_number_shows(make_layer, bits, store):
+    """A GPU's own have a full mantissa."""
+    layer = make_layer(("8x1 4x1", "4x2"), ("8x2", "16x1 2x1"), dtype=torch.float16)
+    q, k, v = inputs(layer, 2)
+    for x in (k, v):
+        x.view(torch.int16)[1, 0, 3] = bits
+    store(layer, q, k, v, torch.tensor([0, 1], device=q.device))
+    for own, page in zip(layer.layout.runs, view_pages(layer.cache, layer.layout), strict=True):
+        for side in (page.key, page.value):
+            assert scale_values(side.scales[0, 0, :2]).isnan().tolist() == [False, own.groups == (0,)]
+
+
 def test_errors_name_the_mend(make_layer):
     layer = make_layer(("16x1 4x1", "16x4"))
     q, k, v = inputs(layer, 4)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray, from_dtype, njit
 
-from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, SCALE_SHIFT, STEPS
+from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, NAN_CODE, SCALE_SHIFT, STEPS
 from mkv_kernels.compiled.entry import compile_entry, record, sources
 from mkv_kernels.compiled.tile import (
     SIDE_FIELDS,
@@ -79,7 +79,7 @@ GROUP = np.dtype(
 _groups_at = pointer_to(from_dtype(GROUP))
 _GROUP_BYTES, _VALUE_BYTES = GROUP.itemsize, 8 * SIDE_FIELDS
 _LEAST, _LARGEST = np.float32(LEAST_SCALE), np.float32(LARGEST_SCALE)
-_SHIFT, _NAN = SCALE_SHIFT, 0x7E00 >> SCALE_SHIFT
+_SHIFT, _NAN = SCALE_SHIFT, NAN_CODE
 _STEP_8, _STEP_4, _STEP_2 = (np.float32(STEPS[width]) for width in (8, 4, 2))
 _LARGEST_HALF = np.float32(65504)
 _VECTORS = lengths(4)

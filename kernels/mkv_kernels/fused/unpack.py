@@ -17,6 +17,7 @@ import triton.language as tl
 from mkv_kernels import codes
 
 SCALE_SHIFT = tl.constexpr(codes.SCALE_SHIFT)
+NAN_CODE = tl.constexpr(codes.NAN_CODE)
 HALF_A_SCALE = tl.constexpr(1 << (codes.SCALE_SHIFT - 1))
 
 
@@ -111,9 +112,10 @@ def shifted(packed, bits, PTX: tl.constexpr):
 
 @triton.jit
 def scale_codes(scales):
-    """See `codes.scale_codes`: float32 between the least and the largest scale to uint8."""
+    """See `codes.scale_codes`: float32 between the least and the largest scale, or none, to uint8."""
     bits = scales.to(tl.float16).to(tl.int16, bitcast=True)
-    return ((bits + HALF_A_SCALE) >> SCALE_SHIFT).to(tl.uint8)
+    code = (bits + HALF_A_SCALE) >> SCALE_SHIFT
+    return tl.where(scales == scales, code, NAN_CODE).to(tl.uint8)  # noqa: PLR0124
 
 
 @triton.jit
