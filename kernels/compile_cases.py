@@ -124,6 +124,10 @@ CASES = {
         ((blocks(b16=256, b0=256), blocks(b16=256, b0=256)),), 4, 2, window=4096, soft_cap=50.0,
         launches=("decode", "speculative", "prefill"),
     ),
+    "ranks-j1-window": Case(
+        ((blocks(b16=80, b0=48), blocks(b16=64, b0=64)), (blocks(b16=16, b0=112), blocks(b16=112, b0=16))), 1, 2,
+        fold_up=True, window=1024, nvidia_only=True,
+    ),
     "narrow-tiers-j1": Case(
         ((blocks(b16=16, b8=16, b4=16, b2=16, b0=64), blocks(b8=16, b4=16, b2=16, b0=80)),), 1, 4,
         nvidia_only=True, long=False,

@@ -19,8 +19,60 @@ from mkv_kernels.fused.tile import capped, load_queries, no_values, tier_of
 STRETCH = tl.constexpr(16)
 """Tokens from a multiple of so many on lie in one page, one after the other."""
 
+FEW = tl.constexpr(32)
+"""Tokens at a time of the loop with masks: fewer are left over, and masks leave no registers for more."""
+
 MOST_JOINED = tl.constexpr(4)
 """Tiles of keys that are loaded and multiplied as one."""
+
+
+@triton.jit
+def query_rows(
+    tile, request, query_start_loc_ptr, QUERIES: tl.constexpr, QUERY_HEADS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Of a tile's rows: token in the step, query head of the KV head, and whether there is one; the request's number of
+    queries, and the tile's first."""
+    # Volatile, since else the compiler would keep what it read before.
+    q_start = tl.load(query_start_loc_ptr + request, volatile=True)
+    q_len = tl.load(query_start_loc_ptr + request + 1, volatile=True) - q_start
+    q_first = (tile - (q_start // QUERIES + request)) * QUERIES
+    row = tl.arange(0, M)
+    q_index = q_first + row // QUERY_HEADS
+    row_mask = (row < QUERIES * QUERY_HEADS) & (q_index < q_len)
+    return (q_start + q_index).to(tl.int64), row % QUERY_HEADS, row_mask, q_len, q_first
+
+
+@triton.jit
+def tile_of_queries(
+    step, strides, tile, request, GROUP_HEADS: tl.constexpr, QUERIES: tl.constexpr, QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What a tile's attention is of, for the program's KV head. All is read from memory again at every call.
+
+    Args:
+        step: pointers to q', query_start_loc, seq_lens, the block table, programs and regions, see `prefill`.
+        strides: of tokens, groups and heads of q', and of the block table's rows.
+
+    Returns:
+        query: [M] pointers to rows of q', QUERY_HEADS for each of successive tokens; and which rows there are.
+        first, last: tokens of the request that a row sees, [first, last), the first a multiple of 16.
+        all_see: the first rows see the tokens before this one, but for a window; the next ones one more, and so on.
+        block_table: pointer to the request's row.
+        region_k, region_v: of the group.
+    """
+    token, head, row_mask, q_len, q_first = query_rows(tile, request, step[1], QUERIES, QUERY_HEADS, M)
+    group = tl.load(step[4] + 4 * (tl.program_id(1) // GROUP_HEADS), volatile=True)
+    head += tl.program_id(1) % GROUP_HEADS * QUERY_HEADS
+    context = tl.load(step[2] + request, volatile=True) - q_len
+    first = 0
+    if WINDOW > 0:
+        # What the tile's first query sees first, and up to 15 tokens before it.
+        first = tl.maximum(context + q_first + 1 - WINDOW, 0) // 16 * 16
+    query = step[0] + token * strides[0] + group * strides[1] + head * strides[2]
+    region_k = step[5] + group * (2 * FIELDS)
+    last = context + tl.minimum(q_first + QUERIES, q_len)
+    block_table = step[3] + request.to(tl.int64) * strides[3]
+    return query, row_mask, first, context + q_first + 1, last, block_table, region_k, region_k + FIELDS
 
 
 @triton.jit
@@ -83,41 +135,40 @@ def load_tiles(
 
 @triton.jit
 def _attend(
-    query,
-    row_mask,
+    step,
+    strides,
+    query_tile,
+    request,
     so_far,
-    first,
-    last,
-    all_see,
-    end,
     page,
     stride,
-    block_table,
-    region_k,
-    region_v,
     qk_scale,
     BLOCK_SIZE: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     KEY_TILES: tl.constexpr,
     VALUE_TILES: tl.constexpr,
-    MASKED: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """What `attend_exact` returns, `so_far`, with the tokens [first, last) added.
+    """What `attend_exact` returns, `so_far`, with tokens added, N at a time: 0 for those that are out of some rows'
+    window, 1 for as many tiles of WHOLE as all rows see, 2 for those behind them.
 
     Args:
-        first, last: a multiple of 16; and, unless MASKED, one of N further on.
-        end: tokens of the request; behind the last one there may be anything.
         KEY_TILES, VALUE_TILES: tiles that the group has something of, or more.
-        MASKED: whether there are rows that do not see all of the tokens.
+        PART: which of the tokens.
     """
+    MASKED: tl.constexpr = PART != 1
     DTYPE: tl.constexpr = page.dtype.element_ty
     CHUNK: tl.constexpr = max(16, 0 + VALUE[0][0])
     # Scores are scaled where they are subtracted from, in one instruction.
@@ -127,10 +178,20 @@ def _attend(
     JOINED: tl.constexpr = min(KEY_TILES & -KEY_TILES, MOST_JOINED) if KEY_TILES > 0 else 1
     PARTS: tl.constexpr = KEY_TILES // JOINED
     WIDTH: tl.constexpr = max(16, 0 + KEY[0][0]) * JOINED
+    # For either loop anew: kept through the one without masks, what the other needs would take registers.
+    query, row_mask, begin, all_see, end, block_table, region_k, region_v = tile_of_queries(
+        step, strides, query_tile, request, GROUP_HEADS, QUERIES, QUERY_HEADS, FIELDS, M, WINDOW
+    )
+    begin = tl.multiple_of(begin, 16)
+    whole = begin
+    if WINDOW > 0:
+        whole = begin + tl.cdiv(tl.maximum(end - WINDOW - begin, 0), 16) * 16
+    rest = whole + tl.maximum(tl.minimum(all_see, end) - whole, 0) // WHOLE * WHOLE
+    first = tl.multiple_of((begin, whole, rest)[PART], 16)
+    last = (whole, rest, end)[PART]
     queries = load_queries(query, row_mask, region_k, ((WIDTH, 0, 0, 0), (PARTS, 0, 0, 0)))
-    # Derived here: kept through the loop without masks, it would take registers.
     row_last = all_see - 1 + tl.arange(0, M) // QUERY_HEADS
-    row_end = tl.minimum(row_last, end - 1)
+    row_end = tl.minimum(row_last, last - 1)
     # What pages the next tokens are in is read while these are attended to.
     blocks = _blocks(block_table, first, end, BLOCK_SIZE, N, True)
     for start in tl.range(first, last, N, num_stages=STAGES - 1 if STAGES > 1 else 1):
@@ -174,19 +235,18 @@ def _attend(
 
 @triton.jit
 def attend_exact(
-    query,
-    row_mask,
-    first,
-    all_see,
-    last,
+    step,
+    strides,
+    query_tile,
+    request,
     page,
     stride,
-    block_table,
-    region_k,
-    region_v,
     qk_scale,
     BLOCK_SIZE: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
+    FIELDS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -199,11 +259,8 @@ def attend_exact(
     """Returns maximum [M] and total [M] of the scores' powers of 2, and accumulators of v' (see `no_values`).
 
     Args:
-        query: [M] pointers to rows of q', QUERY_HEADS for each of successive tokens.
-        first, last: tokens of the request, [first, last), the first a multiple of 16.
-        all_see: the first rows see the tokens before this one, but for a window; the next ones one more, and so on.
+        step, strides, query_tile, request: see `tile_of_queries`.
         page, stride: the cache and its block stride.
-        block_table: pointer to the request's row.
         KEY, VALUE: chunks and tiles of `table.SideShape`, of 16 bits alone.
         WINDOW: tokens that a row sees, the last included; 0 for all up to the last.
         SOFT_CAP: see `capped`; 0 for none.
@@ -214,32 +271,34 @@ def attend_exact(
     K_HALF: tl.constexpr = K if (0 + KEY[2][0]) == K else (K + 1) // 2
     V_HALF: tl.constexpr = V if (0 + VALUE[2][0]) == V else (V + 1) // 2
     factor = 1.0 if SOFT_CAP > 0 else qk_scale
-    first = tl.multiple_of(first, 16)
     so_far = (
         tl.full([M], float("-inf"), dtype=tl.float32),
         tl.zeros([M], dtype=tl.float32),
         no_values(M, VALUE),
     )
-    rest = first
-    if WINDOW == 0:
-        rest = tl.multiple_of(first + (tl.minimum(all_see, last) - first) // N * N, 16)
-        half_k = tl.load(region_k + 1) <= K_HALF * KEY[0][0]
-        half_v = tl.load(region_v + 1) <= V_HALF * VALUE[0][0]
-        for kt in tl.static_range(K_HALF, K + 1, max(1, K - K_HALF)):
-            for vt in tl.static_range(V_HALF, V + 1, max(1, V - V_HALF)):
-                chosen = True
-                if K_HALF < K:
-                    chosen = half_k == (kt == K_HALF)
-                if V_HALF < V:
-                    chosen = chosen & (half_v == (vt == V_HALF))
-                if chosen:
-                    so_far = _attend(
-                        query, row_mask, so_far, first, rest, all_see, last, page, stride, block_table, region_k,
-                        region_v, qk_scale, BLOCK_SIZE, QUERY_HEADS, M, N, STAGES, KEY, VALUE, kt, vt, False, PRECISION,
-                        WINDOW, SOFT_CAP,
-                    )  # fmt: skip
+    if WINDOW > 0:
+        so_far = _attend(
+            step, strides, query_tile, request, so_far, page, stride, qk_scale, BLOCK_SIZE, GROUP_HEADS, QUERIES,
+            QUERY_HEADS, FIELDS, M, min(N, FEW), N, STAGES, KEY, VALUE, K, V, 0, PRECISION, WINDOW, SOFT_CAP,
+        )  # fmt: skip
+    group = tl.load(step[4] + 4 * (tl.program_id(1) // GROUP_HEADS))
+    region_k = step[5] + group * (2 * FIELDS)
+    half_k = tl.load(region_k + 1) <= K_HALF * KEY[0][0]
+    half_v = tl.load(region_k + FIELDS + 1) <= V_HALF * VALUE[0][0]
+    for kt in tl.static_range(K_HALF, K + 1, max(1, K - K_HALF)):
+        for vt in tl.static_range(V_HALF, V + 1, max(1, V - V_HALF)):
+            chosen = True
+            if K_HALF < K:
+                chosen = half_k == (kt == K_HALF)
+            if V_HALF < V:
+                chosen = chosen & (half_v == (vt == V_HALF))
+            if chosen:
+                so_far = _attend(
+                    step, strides, query_tile, request, so_far, page, stride, qk_scale, BLOCK_SIZE, GROUP_HEADS,
+                    QUERIES, QUERY_HEADS, FIELDS, M, N, N, STAGES, KEY, VALUE, kt, vt, 1, PRECISION, WINDOW, SOFT_CAP,
+                )  # fmt: skip
     m, total, acc = _attend(
-        query, row_mask, so_far, rest, last, all_see, last, page, stride, block_table, region_k, region_v,
-        qk_scale, BLOCK_SIZE, QUERY_HEADS, M, N, STAGES, KEY, VALUE, K, V, True, PRECISION, WINDOW, SOFT_CAP,
+        step, strides, query_tile, request, so_far, page, stride, qk_scale, BLOCK_SIZE, GROUP_HEADS, QUERIES,
+        QUERY_HEADS, FIELDS, M, min(N, FEW), N, STAGES, KEY, VALUE, K, V, 2, PRECISION, WINDOW, SOFT_CAP,
     )  # fmt: skip
     return m * factor, total, acc

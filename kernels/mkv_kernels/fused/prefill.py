@@ -16,7 +16,7 @@ import triton.language as tl
 
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
-from mkv_kernels.fused.exact import attend_exact
+from mkv_kernels.fused.exact import attend_exact, query_rows, tile_of_queries
 from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
 from mkv_kernels.fused.tile import coordinates, parts_of, rank_of
 from mkv_kernels.fused.warp import attend
@@ -33,22 +33,6 @@ def _request_of(tile, query_start_loc_ptr, num_requests, QUERIES: tl.constexpr):
         else:
             right = middle
     return left
-
-
-@triton.jit
-def _rows_of(
-    tile, request, query_start_loc_ptr, QUERIES: tl.constexpr, QUERY_HEADS: tl.constexpr, M: tl.constexpr
-):  # fmt: skip
-    """Of a tile's rows: token in the step, query head of the KV head, and whether there is one; the request's number of
-    queries, and the tile's first."""
-    # Volatile, since else the compiler would keep what it read before.
-    q_start = tl.load(query_start_loc_ptr + request, volatile=True)
-    q_len = tl.load(query_start_loc_ptr + request + 1, volatile=True) - q_start
-    q_first = (tile - (q_start // QUERIES + request)) * QUERIES
-    row = tl.arange(0, M)
-    q_index = q_first + row // QUERY_HEADS
-    row_mask = (row < QUERIES * QUERY_HEADS) & (q_index < q_len)
-    return (q_start + q_index).to(tl.int64), row % QUERY_HEADS, row_mask, q_len, q_first
 
 
 # Numbers, and places of requests in a batch, that change from step to step must not each compile a kernel.
@@ -104,28 +88,20 @@ def _prefill_kernel(
     # Later queries see more tokens; a launch should not end with them.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     request = _request_of(tile, query_start_loc_ptr, num_requests, QUERIES)
-    token, head, row_mask, q_len, q_first = _rows_of(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
+    token, head, row_mask, q_len, q_first = query_rows(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
     # Tiles before the first request, and behind the last one's queries, have no work.
     if (q_first >= 0) & (q_first < q_len):
-        group = tl.load(programs_ptr + 4 * (tl.program_id(1) // GROUP_HEADS))
-        context = tl.load(seq_lens_ptr + request) - q_len
-        row_last = tl.where(row_mask, context + q_first + tl.arange(0, M) // QUERY_HEADS, -1)
-        in_group = (tl.program_id(1) % GROUP_HEADS) * QUERY_HEADS + head
-        region_k = regions_ptr + group * (2 * FIELDS)
-        region_v = region_k + FIELDS
-        first = 0
-        if WINDOW > 0:
-            # What the tile's first query sees first, and up to 15 tokens before it.
-            first = tl.maximum(context + q_first + 1 - WINDOW, 0) // 16 * 16
-        query = q_ptr + token * stride_q_token + group * stride_q_group + in_group * stride_q_head
-        last = context + tl.minimum(q_first + QUERIES, q_len)
-        block_table = block_table_ptr + request.to(tl.int64) * stride_table
+        step = (q_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, programs_ptr, regions_ptr)
+        strides = (stride_q_token, stride_q_group, stride_q_head, stride_table)
         if not EXACT:
+            query, row_mask, first, all_see, last, block_table, region_k, region_v = tile_of_queries(
+                step, strides, tile, request, GROUP_HEADS, QUERIES, QUERY_HEADS, FIELDS, M, WINDOW
+            )
             _, total, acc = attend(
                 shifts_ptr,
                 query,
                 row_mask,
-                row_last,
+                tl.where(row_mask, all_see - 1 + tl.arange(0, M) // QUERY_HEADS, -1),
                 first,
                 last,
                 (cache_ptr, words_ptr),
@@ -149,19 +125,18 @@ def _prefill_kernel(
             )
         else:
             _, total, acc = attend_exact(
-                query,
-                row_mask,
-                first,
-                context + q_first + 1,
-                last,
+                step,
+                strides,
+                tile,
+                request,
                 cache_ptr,
                 stride_cache,
-                block_table,
-                region_k,
-                region_v,
                 qk_scale,
                 BLOCK_SIZE,
+                GROUP_HEADS,
+                QUERIES,
                 QUERY_HEADS,
+                FIELDS,
                 M,
                 N,
                 STAGES,
@@ -173,7 +148,7 @@ def _prefill_kernel(
             )
 
         # Read and derived again: kept through the loop, they would take registers that it needs.
-        token, head, row_mask, _, _ = _rows_of(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
+        token, head, row_mask, _, _ = query_rows(tile, request, query_start_loc_ptr, QUERIES, QUERY_HEADS, M)
         group = tl.load(programs_ptr + 4 * (tl.program_id(1) // GROUP_HEADS), volatile=True)
         kv_head = group * GROUP_HEADS + tl.program_id(1) % GROUP_HEADS
         region_v = regions_ptr + group * (2 * FIELDS) + FIELDS
