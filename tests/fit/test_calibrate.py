@@ -136,6 +136,7 @@ def test_group_heads_by_default_are_the_most_whose_query_heads_fit_16():
         return choose_group_heads(fingerprint, asked)
 
     assert [J(32, 8), J(32, 32), J(6, 3), J(64, 8), J(71, 1), J(28, 4), J(10, 5)] == [4, 16, 3, 2, 1, 2, 5]
+    assert [J(16, 16, head_size=256), J(32, 32, head_size=128)] == [8, 16], "2048 coordinates at most"
     assert J(32, 8, 1) == 1
     with pytest.raises(ValueError, match=r"3 heads per group do not divide 8 KV heads; use one of \[1, 2, 4, 8\]"):
         J(32, 8, 3)

@@ -61,7 +61,8 @@ def combine_on_cpu(
     stats = stats[: T * P * heads * 2].view(T, P, heads, 2).double()
     partial = partial[: T * P * heads * table.rank_v].view(T, P, heads, table.rank_v).double()
     found = output.view(T, G, table.group_heads, -1, d)
-    for group, (first, count) in enumerate(work.spans.tolist()):
+    for first in range(0, P, num_splits):
+        group, count = int(work.programs[first, 0]), num_splits
         rank = table.layout.groups[group].value.rank
         m, total = stats[:, first : first + count].unbind(-1)
         largest = m.amax(1, keepdim=True)

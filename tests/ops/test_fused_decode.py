@@ -25,8 +25,8 @@ def run(layer, step, **options):
 
 # Uneven ranks of 16, 48, 112, 128 and the full width; tiers alone, together, and another in every group.
 SHAPES = {
-    "uneven-ranks": ([("16x4", "16x1"), ("16x1", "16x4"), ("16x3", "16x3"), ("16x1", "16x1")], {}, 4),
-    "j2-heads7-d64": ([("16x7", "16x3"), ("16x1", "16x8")], {"J": 2, "M": 7, "dtype": HALF}, 2),
+    "uneven-ranks": ([("16x4", "16x1"), ("16x1", "16x4"), ("16x3", "16x3"), ("16x1", "16x1")], {}, 5),
+    "j2-heads7-d64": ([("16x7", "16x3"), ("16x1", "16x8")], {"J": 2, "M": 7, "dtype": HALF}, 3),
     "j4-heads1-d96": ([("16x7", "16x24"), ("16x1", "16x3")], {"J": 4, "M": 1, "d": 96}, 2),
     "j8-heads1-d128": (
         [("16x1 8x2 4x12 2x8", "8x1 4x6 2x8")],
@@ -65,7 +65,7 @@ def test_bfloat16(make_layer, shape):
     layer.check(run(layer, step, num_splits=num_splits), step)
 
 
-@pytest.mark.parametrize("num_splits", [1, 8])
+@pytest.mark.parametrize("num_splits", [1, 8, 80])
 def test_long_contexts(make_layer, num_splits):
     block_size = 16 if num_splits == 1 else 128
     layer = make_layer(("16x1 4x2", "8x1 2x3"), ("16x4", "16x4"), block_size=block_size)
@@ -159,8 +159,12 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
     assert choose_splits(layer.table, 1, 300, 132) == 1
     assert visible_tokens(5000, 1, 0) == 5000 and visible_tokens(100, 4, 512) == 100
     assert choose_splits(layer.table, 1, visible_tokens(1 << 17, 4, 512), 132) == 2
-    heavy, light = layer.table.work[8].spans.tolist()
-    assert heavy == [0, 8] and light == [8, 8], "the group with most bytes is first"
+    assert choose_splits(layer.table, 88, 1 << 17, 132) == 3
+    assert choose_splits(layer.table, 14, 1 << 17, 132) == 16
+    programs = layer.table.work[3].programs.tolist()
+    assert programs == [[group, split, 3, rank] for group, rank in ((0, 64), (1, 16)) for split in range(3)], (
+        "the group with most bytes is first"
+    )
 
 
 @pytest.mark.parametrize("length", [40, 2048, 4500])
@@ -201,12 +205,18 @@ def test_launches_allocate_nothing(make_layer, monkeypatch, dtype):
 def test_errors_name_the_mend(make_layer):
     layer = make_layer(("16x4", "16x4"), ("16x1", "16x1"))
     step = layer.step([33], [1])
-    with pytest.raises(ValueError, match="take a power of two"):
-        run(layer, step, num_splits=3, reserved=4)
+    with pytest.raises(ValueError, match=r"9 splits; take one of \(1, 2, 3, .*224, 256\)"):
+        run(layer, step, num_splits=9, reserved=10)
     with pytest.raises(ValueError, match="prefill any number"):
         run(layer, step, max_queries=17)
     with pytest.raises(ValueError, match="workspace's partial"):
         run(layer, step, num_splits=8, reserved=1)
+    workspace = DecodeWorkspace(*(torch.zeros(1 << 16, dtype=layer.dtype).bfloat16() for _ in range(2)))
+    output = torch.zeros(1, layer.num_heads, layer.d, dtype=layer.dtype)
+    with pytest.raises(ValueError, match=r"workspace's partial is torch\.bfloat16; it should be torch\.float32"):
+        decode(
+            step.query, layer.cache, layer.table, *step.integers, SCALE, output, workspace, max_queries=1, num_splits=1
+        )
     layer.window = -1
     with pytest.raises(ValueError, match=r"a window of -1 .*pass 0 for none"):
         run(layer, step)
@@ -224,3 +234,9 @@ def test_the_largest_groups_have_tiles(widths):
         shape = SideShape.of([side], 256, words)
         for size, chunk, tiles in zip(tier_sizes(side), shape.chunks, shape.tiles, strict=True):
             assert size <= chunk * tiles <= 1.5 * size + words
+
+
+def test_wider_tiers_are_refused():
+    side = PageLayout((((8,) * 130, (2,) * 130),), 16, 2).groups[0].key
+    with pytest.raises(ValueError, match=r"2080 coordinates of 8 bits .* up to 2048: .*\(--group-heads\)"):
+        SideShape.of([side], 256)

@@ -10,6 +10,7 @@ import torch
 
 from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import prefill
+from mkv_kernels.pages import view_pages
 
 SCALE = 0.2
 HALF = torch.float16
@@ -90,6 +91,16 @@ def test_ranks_of_one_head_are_left_as_they_are(make_layer):
     assert Expansion.of(make_layer(("16x3", "16x2")).table) is None
     assert Expansion.of(make_layer(("16x3", "16x2"), J=2).table) is not None
     assert Expansion.of(make_layer(("8x3", "16x2")).table) is not None
+
+
+def test_outliers_of_half_precision_saturate_and_no_number_shows(make_layer):
+    layer = make_layer(("8x2", "8x2"), dtype=torch.float16)
+    step = layer.step([40], [40])
+    page, place = view_pages(layer.cache, layer.layout)[0], step.block_table[0, :1].long()
+    for factor in (1000.0, float("nan")):
+        outlier = factor * torch.randn(1, 1, 32, device=place.device)
+        page.value.write(place, torch.tensor([5], device=place.device), outlier)
+        assert run(layer, step, step.query).isfinite().all() == (factor == 1000.0)
 
 
 def test_errors_name_the_mend(make_layer):

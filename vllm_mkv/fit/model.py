@@ -15,6 +15,8 @@ from vllm_mkv.fingerprint import ModelFingerprint
 
 MAX_QUERY_HEADS = 16
 """Query heads per latent group that one tensor-core product holds: a tile of its rows."""
+MAX_WIDTH = 2048
+"""Coordinates of a latent group that the Triton kernels take in any tier."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -126,7 +128,8 @@ def refuse_config(config: Any) -> None:
 
 
 def choose_group_heads(fingerprint: ModelFingerprint, group_heads: int | None) -> int:
-    """J, the KV heads per latent group: as asked for, or the largest whose query heads fit one tensor-core product.
+    """J, the KV heads per latent group: as asked for, or the largest whose query heads fit one tensor-core product, and
+    whose coordinates any tier of the Triton kernels.
 
     Raises:
         ValueError: J does not divide the KV heads, or its groups are no multiple of 16 coordinates wide.
@@ -135,7 +138,8 @@ def choose_group_heads(fingerprint: ModelFingerprint, group_heads: int | None) -
     divisors = [J for J in range(1, heads + 1) if heads % J == 0]
     if group_heads is None:
         queries = fingerprint.num_attention_heads // heads
-        group_heads = max((J for J in divisors if J * queries <= MAX_QUERY_HEADS), default=1)
+        fitting = (J for J in divisors if J * queries <= MAX_QUERY_HEADS and J * fingerprint.head_size <= MAX_WIDTH)
+        group_heads = max(fitting, default=1)
     if group_heads not in divisors:
         raise ValueError(f"{group_heads} heads per group do not divide {heads} KV heads; use one of {divisors}")
     width = group_heads * fingerprint.head_size

@@ -14,80 +14,69 @@ import triton.language as tl
 
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
-from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
-from mkv_kernels.fused.tile import rank_of
+from mkv_kernels.fused.table import LayerTable, power_of_two
 
 FEW_ROWS = 512
 """Tokens times query heads of a KV head, up to which products with D are short of programs, not of arithmetic."""
-
-
-@triton.jit
-def _splits_of(stats_ptr, base, row_mask, num_splits, HEADS: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr):
-    """Over a group's splits: maximum and sum [ROWS], and how many splits, counted from the first, hold anything."""
-    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    used = 0
-    for start in range(0, num_splits, S):
-        split = start + tl.arange(0, S)
-        mask = row_mask[:, None] & (split < num_splits)[None, :]
-        at = 2 * (base[:, None] + (split * HEADS)[None, :])
-        b_m = tl.load(stats_ptr + at, mask=mask, other=float("-inf"))  # [ROWS, S]
-        b_l = tl.load(stats_ptr + at + 1, mask=mask, other=0.0)
-        m_new = tl.maximum(m, tl.max(b_m, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        total = total * tl.exp2(m - shift) + tl.sum(b_l * tl.exp2(b_m - shift[:, None]), 1)
-        m = m_new
-        filled = tl.where(b_m > float("-inf"), split[None, :] + 1, 0)
-        used = tl.maximum(used, tl.max(tl.max(filled, 1), 0))
-    return tl.where(m == float("-inf"), 0.0, m), total, used
+FEW_SPLITS = 8
+"""Of a context, up to which a program combines several rows' at once."""
 
 
 # Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_programs"])
+@triton.jit(do_not_specialize=["num_programs", "num_splits"])
 def _combine_kernel(
     partial_ptr,
     stats_ptr,
-    spans_ptr,
-    regions_ptr,
+    programs_ptr,
     mean_ptr,
     out_ptr,
     num_programs,
+    num_splits,
     stride_partial,
     stride_out_token,
     GROUP_HEADS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
-    FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
     S: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
     D: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
-    """Attended coordinates of v' of one token, of ROWS query heads of a group and C coordinates.
+    """Attended coordinates of v' of one token, of ROWS query heads of a group and C coordinates, S splits at a time.
 
-    They go to the output, means added, where D is folded; else to the place of the group's first split.
+    They go to the output, means added, where D is folded; else to the place of the group's first split. No load waits
+    for another one, but for the group's rank.
     """
     HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
     TILES: tl.constexpr = (HEADS + ROWS - 1) // ROWS
-    group = tl.program_id(1)
+    first = tl.program_id(1) * num_splits
+    group = tl.load(programs_ptr + 4 * first)
+    rank = tl.load(programs_ptr + 4 * first + 3)
     token = (tl.program_id(0) // TILES).to(tl.int64)
     row = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(2) * C + tl.arange(0, C)
     row_mask = row < HEADS
-    first, num_splits = tl.load(spans_ptr + 2 * group), tl.load(spans_ptr + 2 * group + 1)
     base = (token * num_programs + first) * HEADS + row
-    m, total, used = _splits_of(stats_ptr, base, row_mask, num_splits, HEADS, ROWS, MOST_SPLITS)
-    rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
+    m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, C], dtype=tl.float32)
-    for start in range(0, used, S):
+    for start in range(0, num_splits, S):
         split = start + tl.arange(0, S)
         at = base[None, :] + (split * HEADS)[:, None]
-        b_m = tl.load(stats_ptr + 2 * at, mask=(split < used)[:, None] & row_mask[None, :], other=float("-inf"))
-        # Splits that hold nothing for a row may lie uninitialised.
-        mask = (b_m > float("-inf"))[:, :, None] & (col < rank)[None, None, :]
+        there = (split < num_splits)[:, None] & row_mask[None, :]
+        b_m = tl.load(stats_ptr + 2 * at, mask=there, other=float("-inf"))  # [S, ROWS]
+        b_l = tl.load(stats_ptr + 2 * at + 1, mask=there, other=0.0)
+        mask = there[:, :, None] & (col < rank)[None, None, :]
         o = tl.load(partial_ptr + (at * stride_partial)[:, :, None] + col[None, None, :], mask=mask, other=0.0)
-        acc += tl.sum(o * tl.exp2(b_m - m[None, :])[:, :, None], 0)
+        m_new = tl.maximum(m, tl.max(b_m, 0))
+        # Rows of which there is nothing yet would subtract infinity from infinity.
+        base_m = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, weight = tl.exp2(m - base_m), tl.exp2(b_m - base_m[None, :])
+        total = total * alpha + tl.sum(b_l * weight, 0)
+        # Splits that hold nothing for a row may lie uninitialised.
+        o = tl.where((b_m > float("-inf"))[:, :, None], o * weight[:, :, None], 0.0)
+        acc = acc * alpha[:, None] + tl.sum(o, 0)
+        m = m_new
     # Of scores that are no numbers, no maximum says that there are any; their total does, and stays none.
     acc *= tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if FOLDED:
@@ -104,44 +93,44 @@ def _combine_kernel(
 
 
 # Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_rows", "num_programs"])
+@triton.jit(do_not_specialize=["num_rows", "num_programs", "num_splits"])
 def _up_kernel(
     partial_ptr,
-    spans_ptr,
-    regions_ptr,
+    programs_ptr,
     up_ptr,
     mean_ptr,
     out_ptr,
     num_rows,
     num_programs,
+    num_splits,
     stride_partial,
     stride_out_token,
     rank_max,
     GROUP_HEADS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
-    FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """o D + mean for rows (token, query head) of one KV head, and COLUMNS of the head's coordinates.
 
     Shapes: up [G, J, R, d], mean [G, J, d], out [T, H, d].
     """
-    kv_head = tl.program_id(1)
-    group = kv_head // GROUP_HEADS
+    first = tl.program_id(1) // GROUP_HEADS * num_splits
+    group = tl.load(programs_ptr + 4 * first)
+    rank = tl.load(programs_ptr + 4 * first + 3)
+    kv_head = group * GROUP_HEADS + tl.program_id(1) % GROUP_HEADS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < num_rows
     i_d = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = (row // QUERY_HEADS).to(tl.int64), row % QUERY_HEADS
     head = kv_head % GROUP_HEADS * QUERY_HEADS + query_head
-    first = tl.load(spans_ptr + 2 * group)
     rows = partial_ptr + ((token * num_programs + first) * (GROUP_HEADS * QUERY_HEADS) + head) * stride_partial
-    rank = rank_of(regions_ptr + group * (2 * FIELDS) + FIELDS)
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in tl.range(0, rank, C, num_stages=3):
+    for start in tl.range(0, rank, C, num_stages=STAGES):
         col = start + tl.arange(0, C)
         o = tl.load(rows[:, None] + col[None, :], mask=row_mask[:, None] & (col < rank)[None, :], other=0.0)
         at = up_ptr + kv_head.to(tl.int64) * rank_max * D + col[:, None] * D + i_d[None, :]
@@ -165,27 +154,27 @@ def combine(
     work, d, J = table.work[num_splits], table.head_size, table.group_heads
     T, M = output.shape[0], output.shape[1] // (table.num_groups * J)
     folded, num_programs = table.value_up is None, len(work.programs)
-    rows = min(4, power_of_two(J * M))
+    # Where there are many splits there are few requests: as much at once, of more splits and in more programs.
+    many = num_splits > FEW_SPLITS
+    rows, most, at_once = (1, 64, 64) if many else (min(4, power_of_two(J * M)), 128, FEW_SPLITS)
     # The output has columns beyond the rank, and what is combined in place has none.
     columns = d if folded else table.rank_v
-    chunk = min(128, power_of_two(columns))
+    chunk = min(most, power_of_two(columns))
     on(_combine_kernel, (T * triton.cdiv(J * M, rows), table.num_groups, triton.cdiv(columns, chunk)))(
         partial,
         stats,
-        work.spans,
-        table.regions,
+        work.programs,
         table.value_mean,
         output,
         num_programs,
+        num_splits,
         table.rank_v,
         output.stride(0),
         GROUP_HEADS=J,
         QUERY_HEADS=M,
-        FIELDS=SIDE_FIELDS,
         ROWS=rows,
         C=chunk,
-        S=8,
-        MOST_SPLITS=64,
+        S=at_once,
         D=d,
         FOLDED=folded,
         num_warps=4,
@@ -193,26 +182,26 @@ def combine(
     if folded:
         return
     few = T * M <= FEW_ROWS
-    tile, columns = (16, 32) if few else (64, min(128, power_of_two(d)))
+    tile, columns, depth, stages = (16, 32, 128, 4) if few else (64, min(128, power_of_two(d)), 64, 3)
     on(_up_kernel, (triton.cdiv(T * M, tile), table.num_groups * J, triton.cdiv(d, columns)))(
         partial,
-        work.spans,
-        table.regions,
+        work.programs,
         table.value_up,
         table.value_mean,
         output,
         T * M,
         num_programs,
+        num_splits,
         table.rank_v,
         output.stride(0),
         table.rank_v,
         GROUP_HEADS=J,
         QUERY_HEADS=M,
-        FIELDS=SIDE_FIELDS,
         ROWS=tile,
-        C=64,
+        C=depth,
         D=d,
         COLUMNS=columns,
+        STAGES=stages,
         PRECISION=launch.precision(output.dtype),
         num_warps=2 if few else 4,
     )

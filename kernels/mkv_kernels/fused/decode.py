@@ -18,7 +18,7 @@ from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.combine import combine
 from mkv_kernels.fused.integer import attend_codes, store_sums
-from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, LayerTable
+from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, SPLITS, LayerTable
 from mkv_kernels.fused.tile import coordinates, parts_of
 from mkv_kernels.fused.warp import attend
 
@@ -290,7 +290,7 @@ def visible_tokens(max_seq_len: int, max_queries: int, window: int) -> int:
 
 
 def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_processors: int) -> int:
-    """Parts that the context of the largest group is cut into: a power of two, from shapes alone.
+    """Parts that contexts are cut into: one of `table.SPLITS`, from shapes alone.
 
     Args:
         max_seq_len: bound of the cached tokens that a request's queries see, see `visible_tokens`; a CUDA graph must be
@@ -302,7 +302,7 @@ def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_pr
         max_seq_len / LEAST_TOKENS,
         MAX_SPLITS,
     )
-    return 1 << max(0, int(wanted).bit_length() - 1)
+    return max(splits for splits in SPLITS if splits <= max(1, wanted))
 
 
 def decode(
@@ -339,7 +339,7 @@ def decode(
     if not 1 <= max_queries <= MAX_QUERIES:
         raise ValueError(f"{max_queries} queries per request; decode takes 1 to {MAX_QUERIES}, prefill any number")
     if num_splits not in table.work:
-        raise ValueError(f"{num_splits} splits; take a power of two up to {MAX_SPLITS}, see choose_splits")
+        raise ValueError(f"{num_splits} splits; take one of {SPLITS}, see choose_splits")
     launch.check_scores(scale, window, soft_cap)
     T, J, M = query.shape[0], table.group_heads, query.shape[3]
     work, num_requests = table.work[num_splits], seq_lens.shape[0]

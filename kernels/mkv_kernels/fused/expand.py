@@ -53,6 +53,7 @@ def _side(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     HEADS: tl.constexpr,
+    LARGEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One side of N tokens: x, or x W for one head. Shapes: out [N] pointers to rows, up a pointer to W [R, d]."""
@@ -82,7 +83,12 @@ def _side(
                     at = begin + part * size + col
                     if HEADS == 1:
                         if tier > 0:
-                            numbers = (numbers.to(tl.float32) * scale[:, None]).to(DTYPE)
+                            x_scaled = numbers.to(tl.float32) * scale[:, None]
+                            if LARGEST > 0:
+                                # As the store's 16 bits; comparisons let NaN pass.
+                                x_scaled = tl.where(x_scaled > LARGEST, LARGEST, x_scaled)
+                                x_scaled = tl.where(x_scaled < -LARGEST, -LARGEST, x_scaled)
+                            numbers = x_scaled.to(DTYPE)
                         mask = (n < last)[:, None] & (col < size)[None, :]
                         tl.store(out[:, None] + at[None, :], numbers, mask=mask)
                     else:
@@ -133,6 +139,7 @@ def _expand_kernel(
     VALUE: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
+    LARGEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Shapes: key_up [G, J, Rk, d], value_up [G, J, Rv, d]."""
@@ -153,14 +160,14 @@ def _expand_kernel(
             _side(
                 (cache_ptr, words_ptr), (stride_cache, stride_words), table, out + (offset + n % BLOCK_SIZE * size),
                 region, key_up_ptr + head.to(tl.int64) * rank_k * D, start, last,
-                BLOCK_SIZE, N, PTX, KEY, D, D_PADDED, GROUP_HEADS, PRECISION,
+                BLOCK_SIZE, N, PTX, KEY, D, D_PADDED, GROUP_HEADS, LARGEST, PRECISION,
             )  # fmt: skip
         else:
             offset, size, _ = tier_of(out_region + FIELDS, 0, cache_ptr.dtype.element_ty.primitive_bitwidth)
             _side(
                 (cache_ptr, words_ptr), (stride_cache, stride_words), table, out + (offset + n % BLOCK_SIZE * size),
                 region + FIELDS, value_up_ptr + head.to(tl.int64) * rank_v * D, start, last,
-                BLOCK_SIZE, N, PTX, VALUE, D, D_PADDED, GROUP_HEADS, PRECISION,
+                BLOCK_SIZE, N, PTX, VALUE, D, D_PADDED, GROUP_HEADS, LARGEST, PRECISION,
             )  # fmt: skip
 
 
@@ -218,7 +225,7 @@ def _of_layout(layout: PageLayout, table: LayerTable) -> dict[str, Any]:
         "shapes": Shapes.of(layout.groups, d),
         "regions": regions_of(layout, device),
         # Of prefill; nothing decodes over expanded pages.
-        "work": work_of(layout, device, most_splits=1),
+        "work": work_of(layout, device, splits=(1,)),
     }
 
 
@@ -276,6 +283,7 @@ def expand(
         VALUE=expansion.value.constants,
         D=d,
         D_PADDED=power_of_two(d),
+        LARGEST=torch.finfo(torch.float16).max if cache.dtype == torch.float16 else 0.0,
         PRECISION=launch.precision(cache.dtype),
         num_warps=8 if J > 1 else 4,
     )

@@ -168,7 +168,7 @@ class Tiles:
 
 def programs_per_processor(shapes: Shapes) -> int:
     """Programs of decode that a streaming multiprocessor has registers and shared memory for; of `integer`, as many as
-    were fastest on an H200 (12 of 168 registers would fit where 8 are taken, but splits are powers of two)."""
+    were fastest on an H200 among powers of two (12 of 168 registers would fit where 8 are taken)."""
     if shapes.integers is not None:
         return 16 if shapes.integers.is_small else 8
     if shapes.operands is not None:
@@ -356,8 +356,14 @@ def check_devices(tensors: dict[str, torch.Tensor], table: LayerTable) -> None:
 
 
 def check_buffers(buffers: dict[str, torch.Tensor], sizes: tuple[int, ...], device: torch.device) -> None:
-    """Raises ValueError unless the buffers of a workspace are dense, on the device, and large enough."""
+    """Raises ValueError unless the buffers of a workspace are dense, on the device, and large enough.
+
+    They are float32, but for those that count.
+    """
     for (name, buffer), size in zip(buffers.items(), sizes, strict=True):
+        dtype = torch.int32 if name == "counters" else torch.float32
+        if buffer.dtype != dtype:
+            raise ValueError(f"the workspace's {name} is {buffer.dtype}; it should be {dtype}")
         if buffer.numel() < size or not buffer.is_contiguous() or buffer.device != device:
             raise ValueError(
                 f"the workspace's {name} holds {buffer.numel()} numbers on {buffer.device}; this launch needs {size}, "

@@ -25,6 +25,9 @@ from mkv_kernels.layout import WIDTHS, GroupLayout, PageLayout, SideLayout, chec
 SIDE_FIELDS = 9
 TIERS = WIDTHS[:-1]
 MAX_SPLITS = 256
+SPLITS = (1, 2, 3, *(step << octave for octave in range(6) for step in (4, 5, 6, 7)), MAX_SPLITS)
+"""Parts that contexts may be cut into: in steps of a quarter or less beyond 4, so that programs fill most of a GPU
+whatever the number of requests."""
 ITEM_COLUMNS = (32, 64)
 """Columns of a projection that one program of the store computes: few where tokens are few, to keep a GPU busy."""
 TILES = (64, 128)
@@ -78,6 +81,12 @@ class SideShape:
             most = max(sizes, default=0)
             longest = TILES[most > 192 and head_size <= 128] if width == 16 else LOADED_WORDS[most > 48]
             least = 16 if width == 16 else words
+            if most > longest * _STEPS[-1]:
+                raise ValueError(
+                    f"a latent group with {most * 16 // width} coordinates of {width} bits on one side; the Triton "
+                    f"kernels take up to {longest * _STEPS[-1] * 16 // width}: make an adapter with fewer heads per "
+                    "group (--group-heads), or another budget"
+                )
             chunk = max(least, min(longest, power_of_two(most)))
             if width < 16:
                 smaller = [c for c in (8, 16, 32) if least <= c < chunk and most <= c * _STEPS[-1]]
@@ -242,12 +251,11 @@ class Work:
     even out; the groups with most come first, so that what is left to wait for at the end is small.
 
     Shapes:
-        programs: [P, 4] int32: group, its split, its number of splits, the group's first program
-        spans: [G, 2] int32: first program and number of splits of every group
+        programs: [P, 4] int32: group, its split, its number of splits, and the group's value rank; all splits of a
+            group one after the other
     """
 
     programs: torch.Tensor
-    spans: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -287,7 +295,7 @@ class LayerTable:
 
     @classmethod
     def build(cls, bases: LayerBases) -> LayerTable:
-        """Raises ValueError for a block size that the kernels do not serve."""
+        """Raises ValueError for a block size, or a tier of more coordinates, than the kernels serve."""
         layout, runs = bases.layout, bases.runs
         check_block_size(layout)
         groups, device = layout.groups, runs[0].key_down.device
@@ -386,15 +394,13 @@ def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
     return torch.tensor([*coded, *exact, *queries], dtype=torch.int32).reshape(-1, 6)
 
 
-def work_of(layout: PageLayout, device: torch.device, most_splits: int = MAX_SPLITS) -> dict[int, Work]:
-    work, splits = {}, 1
+def work_of(layout: PageLayout, device: torch.device, splits: Sequence[int] = SPLITS) -> dict[int, Work]:
     sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
     heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
-    while splits <= most_splits:
-        programs = [
-            (group, split, splits, place * splits) for place, group in enumerate(heavy_first) for split in range(splits)
-        ]
-        spans = [(heavy_first.index(group) * splits, splits) for group in range(len(sizes))]
-        work[splits] = Work(*(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (programs, spans)))
-        splits *= 2
+    order = torch.tensor([[group, layout.groups[group].value.rank] for group in heavy_first], dtype=torch.int32)
+    work = {}
+    for count in splits:
+        group, rank = order.repeat_interleave(count, 0).unbind(1)
+        split = torch.arange(count, dtype=torch.int32).repeat(len(order))
+        work[count] = Work(torch.stack([group, split, torch.full_like(group, count), rank], 1).to(device))
     return work

@@ -115,7 +115,7 @@ def scale_codes(scales):
     """See `codes.scale_codes`: float32 between the least and the largest scale, or none, to uint8."""
     bits = scales.to(tl.float16).to(tl.int16, bitcast=True)
     code = (bits + HALF_A_SCALE) >> SCALE_SHIFT
-    return tl.where(scales == scales, code, NAN_CODE).to(tl.uint8)  # noqa: PLR0124
+    return tl.where(scales == scales, code, NAN_CODE).to(tl.uint8)
 
 
 @triton.jit
