@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("vllm_mkv", "mkv_kernels"):
             raise
-        return fail(f"{error.name} is not installed; install the tools: pip install 'vllm-mkv[fit]'")
+        return fail(f"{error.name} is not installed; install the tools: pip install '.[fit]' in a clone of vllm-mkv")
     except (ValueError, NotImplementedError, OSError, ImportError, SafetensorError) as error:
         return fail(str(error) or type(error).__name__)
 
@@ -84,13 +84,14 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_text_option(sub)
     add("--steps", type=int, required=True, metavar="N", help="of the optimiser")
     add("--output", required=True, metavar="ADAPTER", help="the folder to write")
-    add("--budgets", nargs=2, type=float, default=(0.065, 0.25), metavar=("LEAST", "MOST"), help="that steps draw")
+    add("--budgets", nargs=2, type=float, default=(0.065, 0.25), metavar=("LEAST", "MOST"),
+        help="that steps draw (default: 0.065 0.25)")
     add(
         "--spread",
         type=float,
         default=0.1,
         metavar="S",
-        help="of sides' own budgets around a step's, as a share of that",
+        help="deviation of sides' own budgets around a step's, as a share of the range of --budgets (default: %(default)s)",
     )
     add("--form", choices=("free", "orthogonal"), default="free", help="of what is trained (default: %(default)s)")
     add(

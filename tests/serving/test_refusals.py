@@ -254,10 +254,17 @@ def test_attention_that_is_not_causal(refused, start, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["fp8", "fp8_e5m2", "int8_per_token_head", "int4_per_token_head", "turboquant_4bit_nc", "float16"]
+    "dtype", ["fp8", "fp8_e5m2", "int8_per_token_head", "int4_per_token_head", "turboquant_4bit_nc"]
 )
 def test_other_cache_dtypes(refused, dtype):
     refused(f"--kv-cache-dtype {dtype}", "leave --kv-cache-dtype at auto", kv_cache_dtype=dtype)
+
+
+def test_half_precision_caches_of_another_dtype_than_the_models(start):
+    """vLLM 0.33 refuses them before us."""
+    ours, theirs = "float16 is not supported .* leave --kv-cache-dtype at auto", "set `--kv-cache-dtype` to `auto`"
+    with pytest.raises((NotImplementedError, ValueError), match=f"{ours}|{theirs}"):
+        start(kv_cache_dtype="float16")
 
 
 @pytest.mark.parametrize("block_size", [8, 24])

@@ -182,7 +182,9 @@ def combine(
     if folded:
         return
     few = T * M <= FEW_ROWS
-    tile, columns, depth, stages = (16, 32, 128, 4) if few else (64, min(128, power_of_two(d)), 64, 3)
+    # All of up to 384 rows of D arrive at once, where there is room for them.
+    most_stages = 4 if launch.Target.of(_up_kernel).backend != "hip" else 3
+    tile, columns, depth, stages = (16, 32, 128, most_stages) if few else (64, min(128, power_of_two(d)), 64, 3)
     on(_up_kernel, (triton.cdiv(T * M, tile), table.num_groups * J, triton.cdiv(d, columns)))(
         partial,
         work.programs,
