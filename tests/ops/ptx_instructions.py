@@ -179,11 +179,11 @@ def instruction(opcode: str, operands: list[str]) -> Callable[[Warp, Values | No
 
         return wide
     if name == "mul" and "hi" in modifiers:
-        if np.dtype(kind).itemsize != 4:
-            raise NotImplementedError(opcode)
-        a, b = getter(operands[1], kind), getter(operands[2], kind)
-        double = np.dtype(f"{np.dtype(kind).kind}8")
-        return lambda warp, mask: warp.write(to, ((a(warp).astype(double) * b(warp)) >> 32).astype(kind), mask)
+        a, b, bits = getter(operands[1], kind), getter(operands[2], kind), 8 * np.dtype(kind).itemsize
+        # Python's integers have room for any product.
+        return lambda warp, mask: warp.write(
+            to, (a(warp).astype(object) * b(warp).astype(object) >> bits).astype(kind), mask
+        )
     if name in ("shl", "shr"):
         value, by = getter(operands[1], kind), getter(operands[2], np.uint32)
         size = 8 * np.dtype(kind).itemsize
