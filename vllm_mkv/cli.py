@@ -84,14 +84,20 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_text_option(sub)
     add("--steps", type=int, required=True, metavar="N", help="of the optimiser")
     add("--output", required=True, metavar="ADAPTER", help="the folder to write")
-    add("--budgets", nargs=2, type=float, default=(0.065, 0.25), metavar=("LEAST", "MOST"),
-        help="that steps draw (default: 0.065 0.25)")
+    add(
+        "--budgets",
+        nargs=2,
+        type=float,
+        default=(0.065, 0.25),
+        metavar=("LEAST", "MOST"),
+        help="that steps draw (default: 0.065 0.25)",
+    )
     add(
         "--spread",
         type=float,
         default=0.1,
         metavar="S",
-        help="deviation of sides' own budgets around a step's, as a share of the range of --budgets (default: %(default)s)",
+        help="deviation of sides' budgets around a step's, as a share of the range of --budgets (default: %(default)s)",
     )
     add("--form", choices=("free", "orthogonal"), default="free", help="of what is trained (default: %(default)s)")
     add(

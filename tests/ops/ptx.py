@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ptx_instructions import LANES, REGISTERS, Step, Values, instruction
+from ptx_instructions import instruction
+from ptx_operands import LANES, REGISTERS, Step, Values
 
 LINE = re.compile(r"(?:@(?P<not>!)?(?P<guard>%p\d+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<rest>.*)")
 
@@ -76,6 +77,7 @@ class Shared:
 @dataclass
 class Warp:
     program: tuple[int, int, int]
+    grid: tuple[int, int, int]
     number: int
     memory: Memory
     shared: Shared
@@ -134,7 +136,7 @@ class Kernel:
         with np.errstate(all="ignore"):
             for program in ((i, j, k) for k in range(z) for j in range(y) for i in range(x)):
                 shared = Shared.of(shared_bytes)
-                warps = [Warp(program, n, memory, shared, values, eager) for n in range(num_warps)]
+                warps = [Warp(program, (x, y, z), n, memory, shared, values, eager) for n in range(num_warps)]
                 running = [self._execute(warp) for warp in warps]
                 while running:
                     # Each runs up to a barrier, or its end.

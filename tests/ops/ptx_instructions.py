@@ -9,80 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ptx_memory import memory_instruction
+from ptx_operands import LANES, TYPES, Action, Values, getter, names
 
 if TYPE_CHECKING:
     from ptx import Warp
-
-LANES = 32
-
-Values = np.ndarray
-"""A number for each lane."""
-Getter = Callable[["Warp"], Values]
-Step = Callable[["Warp"], Any]
-
-TYPES = {
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-    "f16": np.float16, "f32": np.float32, "f64": np.float64,
-}  # fmt: skip
-REGISTERS = {"r": np.uint32, "rd": np.uint64, "rs": np.uint16, "f": np.uint32, "p": np.bool_, "b": np.uint8}
-
-
-def getter(operand: str, kind: Any) -> Getter:
-    """Values of an operand as numbers of a type."""
-    if operand.startswith("%") or (operand.isidentifier() and operand != "global_smem"):
-        if operand.startswith(("%tid", "%ctaid", "%nctaid", "%laneid")):
-            return special(operand)
-        size = np.dtype(kind).itemsize
-
-        def read(warp: Warp) -> Values:
-            values = warp.read(operand)
-            if values.dtype == np.bool_:
-                return values
-            return values.view(kind) if values.itemsize == size else values.astype(f"u{size}").view(kind)
-
-        return read
-    if operand == "global_smem":
-        constant = np.zeros(LANES, kind)
-    elif operand.startswith("0f"):
-        constant = np.full(LANES, int(operand[2:], 16), np.uint32).view(kind)
-    else:
-        number = int(operand.rstrip("U"), 0)
-        size = 8 * np.dtype(kind).itemsize
-        constant = np.full(LANES, number & ((1 << size) - 1), f"u{size // 8}").view(kind)
-    return lambda warp: constant
-
-
-def special(operand: str) -> Getter:
-    name, _, axis = operand[1:].partition(".")
-    place = "xyz".index(axis or "x")
-    if name == "tid":
-        return lambda warp: (np.arange(LANES) + LANES * warp.number if place == 0 else np.zeros(LANES)).astype(
-            np.uint32
-        )
-    if name == "laneid":
-        return lambda warp: np.arange(LANES, dtype=np.uint32)
-    if name == "ctaid":
-        return lambda warp: np.full(LANES, warp.program[place], np.uint32)
-    raise NotImplementedError(operand)
-
-
-def address(operand: str) -> Getter:
-    """Of `[%rd1+16]`, int64."""
-    inside = operand.strip("[] ").replace(" ", "")
-    base, sign, offset = re.match(r"([%\w.]+)(?:([+-]+)(\w+))?$", inside).groups()  # type: ignore[union-attr]
-    shift = int(offset or "0", 0) * (-1 if sign and sign.count("-") % 2 else 1)
-    of = getter(base, np.uint64 if base.startswith("%rd") else np.uint32)
-    return lambda warp: of(warp).astype(np.int64) + shift
-
-
-def names(operand: str) -> list[str]:
-    return operand.strip("{} ").replace(" ", "").split(",")
-
-
-def lanes(mask: Values | None) -> Values:
-    return np.arange(LANES) if mask is None else np.flatnonzero(mask)
-
 
 ARITHMETIC: dict[str, Callable[..., Values]] = {
     "add": lambda a, b: a + b,
@@ -97,6 +28,7 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "mad": lambda a, b, c: a * b + c,
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),
     "ex2": np.exp2,
+    "sqrt": np.sqrt,
     "rcp": lambda a: (1 / a).astype(a.dtype),
 }
 COMPARISONS: dict[str, Callable[[Values, Values], Values]] = {
@@ -126,8 +58,7 @@ def to_bfloat16(x: Values) -> Values:
     return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
-def instruction(opcode: str, operands: list[str]) -> Callable[[Warp, Values | None], Any]:
-    """What an instruction does in the lanes of a mask, None for all; returns a label to go to, "barrier", or "end"."""
+def instruction(opcode: str, operands: list[str]) -> Action:
     name, *modifiers = opcode.split(".")
     kinds = [TYPES[m] for m in modifiers if m in TYPES]
     if name in ("bra", "ret", "exit", "bar", "barrier"):
@@ -137,7 +68,7 @@ def instruction(opcode: str, operands: list[str]) -> Callable[[Warp, Values | No
     if name == "redux":
         source, reduce = getter(operands[1], kinds[-1]), {"min": np.min, "max": np.max, "add": np.sum}[modifiers[1]]
         return lambda warp, mask: warp.write(operands[0], np.full(LANES, reduce(source(warp)), kinds[-1]), mask)
-    if name in ("ld", "st", "ldmatrix", "stmatrix", "cp"):
+    if name in ("ld", "st", "ldmatrix", "stmatrix", "cp", "atom"):
         return memory_instruction(name, modifiers, operands)
     if name in ("mma", "shfl", "prmt", "lop3", "bfe", "cvt", "mov", "selp", "setp"):
         return SPECIAL[name](modifiers, operands)
@@ -210,127 +141,14 @@ def instruction(opcode: str, operands: list[str]) -> Callable[[Warp, Values | No
     return lambda warp, mask: warp.write(to, operate(*(source(warp) for source in sources)), mask)
 
 
-def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
-    kind = next((TYPES[m] for m in reversed(modifiers) if m in TYPES), np.uint32)
-    size = np.dtype(kind).itemsize
-    if name == "ld" and "param" in modifiers:
-        number = int(operands[1].strip("[] ").rpartition("_")[2])
-
-        def parameter(warp: Warp, mask: Values | None) -> None:
-            value = warp.parameters[number]
-            as_kind = np.float32 if isinstance(value, float) else np.dtype(f"u{size}")
-            warp.write(operands[0], np.full(LANES, value, as_kind), mask)
-
-        return parameter
-    if name == "cp":
-        return copy_instruction(modifiers, operands)
-    if name in ("ldmatrix", "stmatrix"):
-        return matrix_instruction(name, modifiers, operands)
-    registers = names(operands[0 if name == "ld" else 1])
-    where = address(operands[1 if name == "ld" else 0])
-    sources = [getter(register, kind) for register in registers]
-    in_shared = "shared" in modifiers
-    whole = size * len(registers)
-
-    def load(warp: Warp, mask: Values | None) -> None:
-        which = lanes(mask)
-        addresses = where(warp)[which]
-        if not len(which):
-            data = np.zeros((0, whole), np.uint8)
-        elif in_shared:
-            data = warp.shared.read(addresses, whole)
-        else:
-            array, places = warp.memory.find(addresses, whole)
-            data = array[places]
-        for i, register in enumerate(registers):
-            values = np.zeros(LANES, kind)
-            values[which] = np.ascontiguousarray(data[:, i * size : (i + 1) * size]).view(kind)[:, 0]
-            warp.write(register, values, mask)
-
-    def store(warp: Warp, mask: Values | None) -> None:
-        which = lanes(mask)
-        data = np.ascontiguousarray(np.concatenate([source(warp)[which, None] for source in sources], 1)).view(np.uint8)
-        if in_shared:
-            warp.shared.write(where(warp)[which], data)
-        else:
-            array, places = warp.memory.find(where(warp)[which], whole)
-            array[places] = data
-
-    return load if name == "ld" else store
-
-
-def copy_instruction(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
-    if "commit_group" in modifiers:
-
-        def commit(warp: Warp, mask: Values | None) -> None:
-            warp.copies.append(warp.open)
-            warp.open = []
-
-        return commit
-    if "wait_group" in modifiers:
-        left = int(operands[0], 0)
-
-        def wait(warp: Warp, mask: Values | None) -> None:
-            done = max(0, len(warp.copies) - left)
-            for where, data in (copy for group in warp.copies[:done] for copy in group):
-                warp.shared.write(where, data)
-            warp.copies = warp.copies[done:]
-
-        return wait
-    to, source, size = address(operands[0]), address(operands[1]), int(operands[2], 0)
-    given = getter(operands[3], np.uint32) if len(operands) > 3 else None
-
-    def copy(warp: Warp, mask: Values | None) -> None:
-        which = lanes(mask)
-        data = np.zeros((LANES, size), np.uint8)
-        filled = which if given is None else which[given(warp)[which] == size]
-        if given is not None and not np.isin(given(warp)[which], (0, size)).all():
-            raise NotImplementedError("a copy that is filled up")
-        if len(filled):
-            array, places = warp.memory.find(source(warp)[filled], size)
-            data[filled] = array[places]
-        addresses = to(warp)[which]
-        if (addresses % size).any():
-            raise IndexError(f"a copy of {size} bytes to where it is not aligned: {addresses}")
-        if warp.eager:
-            warp.shared.write(addresses, data[which])
-        else:
-            warp.open.append((addresses, data[which]))
-
-    return copy
-
-
-def matrix_instruction(name: str, modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
-    """Matrices of 8 x 8 numbers of 16 bits: lane l has numbers 2 (l % 4) and 2 (l % 4) + 1 of row l // 4."""
-    transposed = "trans" in modifiers
-    is_load = name == "ldmatrix"
-    registers, where = names(operands[0 if is_load else 1]), address(operands[1 if is_load else 0])
-
-    def load(warp: Warp, mask: Values | None) -> None:
-        rows = where(warp)
-        for i, register in enumerate(registers):
-            data = warp.shared.read(rows[8 * i : 8 * i + 8], 16).view(np.uint16)
-            data = data.T if transposed else data
-            warp.write(register, np.ascontiguousarray(data).reshape(LANES, 2).view(np.uint32)[:, 0], mask)
-
-    def store(warp: Warp, mask: Values | None) -> None:
-        rows = where(warp)
-        for i, register in enumerate(registers):
-            data = warp.read(register).view(np.uint16).reshape(8, 8)
-            data = np.ascontiguousarray(data.T if transposed else data)
-            warp.shared.write(rows[8 * i : 8 * i + 8], data.view(np.uint8).reshape(8, 16))
-
-    return load if is_load else store
-
-
-def mma(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def mma(modifiers: list[str], operands: list[str]) -> Action:
     shape = next(m for m in modifiers if re.match(r"m\d+n\d+k\d+", m))
     rows, columns, depth = map(int, re.match(r"m(\d+)n(\d+)k(\d+)", shape).groups())  # type: ignore[union-attr]
-    of = [m for m in modifiers if m in (*TYPES, "bf16")][1]
+    of = [m for m in modifiers if m in (*TYPES, "bf16", "tf32")][1]
     to, a, b, c = map(names, operands)
-    if (rows, columns) != (16, 8) or of not in ("s8", "f16", "bf16"):
+    if (rows, columns) != (16, 8) or of not in ("s8", "f16", "bf16", "tf32"):
         raise NotImplementedError(f"products {shape} of {of}")
-    bits = {"s8": 8, "f16": 16, "bf16": 16}[of]
+    bits = {"s8": 8, "f16": 16, "bf16": 16, "tf32": 32}[of]
     each = 32 // bits
     group, within = np.arange(LANES) // 4, np.arange(LANES) % 4
     final = np.int32 if of == "s8" else np.float32
@@ -341,6 +159,9 @@ def mma(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | N
         word = warp.read(register)[:, None]
         if of == "s8":
             return word.view(np.int8).astype(np.int64)
+        if of == "tf32":
+            # 10 bits of mantissa are what is multiplied.
+            return (word & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
         halves = word.view(np.uint16)
         return (halves.view(np.float16) if of == "f16" else bfloat16(halves)).astype(np.float64)
 
@@ -363,7 +184,7 @@ def mma(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | N
     return multiply
 
 
-def shuffle(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def shuffle(modifiers: list[str], operands: list[str]) -> Action:
     value, by = getter(operands[1], np.uint32), getter(operands[2], np.uint32)
     if not {"bfly", "idx"} & set(modifiers) or "|" in operands[0]:
         raise NotImplementedError(f"shfl.{'.'.join(modifiers)}")
@@ -375,7 +196,7 @@ def shuffle(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values
     return move
 
 
-def permute(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def permute(modifiers: list[str], operands: list[str]) -> Action:
     a, b, selector = (getter(o, np.uint32) for o in operands[1:])
 
     def pick(warp: Warp, mask: Values | None) -> None:
@@ -391,7 +212,7 @@ def permute(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values
     return pick
 
 
-def logic(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def logic(modifiers: list[str], operands: list[str]) -> Action:
     a, b, c = (getter(o, np.uint32) for o in operands[1:4])
     table = int(operands[4].rstrip("U"), 0)
 
@@ -406,7 +227,7 @@ def logic(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values |
     return operate
 
 
-def field_of_bits(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def field_of_bits(modifiers: list[str], operands: list[str]) -> Action:
     kind = TYPES[modifiers[0]]
     value, begin, count = getter(operands[1], kind), getter(operands[2], np.uint32), getter(operands[3], np.uint32)
 
@@ -420,7 +241,7 @@ def field_of_bits(modifiers: list[str], operands: list[str]) -> Callable[[Warp, 
     return extract
 
 
-def convert(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def convert(modifiers: list[str], operands: list[str]) -> Action:
     to, source = [m for m in modifiers if m in (*TYPES, "bf16", "f16x2", "bf16x2")][-2:]
     if to in ("bf16x2", "f16x2"):
         high, low = (getter(o, np.float32) for o in operands[1:3])
@@ -447,7 +268,7 @@ def convert(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values
     return change
 
 
-def move(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def move(modifiers: list[str], operands: list[str]) -> Action:
     if modifiers == ["pred"]:
         value = getter(operands[1], np.bool_)
         return lambda warp, mask: warp.write(operands[0], value(warp), mask)
@@ -477,13 +298,13 @@ def move(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | 
     return lambda warp, mask: warp.write(operands[0], value(warp), mask)
 
 
-def select(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def select(modifiers: list[str], operands: list[str]) -> Action:
     kind = TYPES[modifiers[0]]
     a, b, which = getter(operands[1], kind), getter(operands[2], kind), getter(operands[3], np.bool_)
     return lambda warp, mask: warp.write(operands[0], np.where(which(warp), a(warp), b(warp)), mask)
 
 
-def compare(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values | None], Any]:
+def compare(modifiers: list[str], operands: list[str]) -> Action:
     if len(modifiers) != 2:
         raise NotImplementedError(f"setp.{'.'.join(modifiers)}")
     how, kind = modifiers[0], TYPES[modifiers[1]]
@@ -504,7 +325,7 @@ def compare(modifiers: list[str], operands: list[str]) -> Callable[[Warp, Values
     return test
 
 
-SPECIAL: dict[str, Callable[[list[str], list[str]], Callable[[Warp, Values | None], Any]]] = {
+SPECIAL: dict[str, Callable[[list[str], list[str]], Action]] = {
     "mma": mma, "shfl": shuffle, "prmt": permute, "lop3": logic, "bfe": field_of_bits, "cvt": convert, "mov": move,
     "selp": select, "setp": compare,
 }  # fmt: skip

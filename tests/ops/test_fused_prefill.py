@@ -82,8 +82,17 @@ def test_some_of_a_steps_requests(make_layer):
 @pytest.mark.parametrize(("J", "dtype"), [(1, torch.float32), (2, HALF)])
 @pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (5, 1.0), (16, 0.0), (100, 0.5), (1000, 0.0), (0, 1.0)])
 def test_windows_and_soft_caps(make_layer, window, soft_cap, J, dtype):
+    check_window(make_layer, [("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")], window, soft_cap, J, dtype)
+
+
+@pytest.mark.parametrize(("J", "dtype"), [(1, torch.float32), (2, HALF)])
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (15, 0.0), (100, 0.5), (170, 0.0), (1000, 0.0), (0, 1.0)])
+def test_windows_and_soft_caps_over_16_bits(make_layer, window, soft_cap, J, dtype):
+    check_window(make_layer, [("16x2", "16x1"), ("16x1", "16x4")], window, soft_cap, J, dtype)
+
+
+def check_window(make_layer, groups, window, soft_cap, J, dtype):
     """Whole prompts, and chunks that begin within, at the end of and far behind a window."""
-    groups = ("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")
     layer = make_layer(*groups, J=J, dtype=dtype, window=window, soft_cap=soft_cap)
     step = layer.step((33, 17, 300, 70, 1), (33, 2, 9, 69, 1))
     found = run(layer, step)

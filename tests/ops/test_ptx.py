@@ -65,7 +65,8 @@ def test_what_a_gpu_may_let_pass_fails(body, error, message):
         run(body, numbers())
 
 
-# Layers of one stretch of tokens or several, all tiers, windows; copies at once for a few.
+# Layers of one stretch of tokens or several, all tiers, windows; copies at once for a few. Prefill's products are
+# Ampere's, since Hopper's are no instructions of one warp.
 @pytest.mark.parametrize(
     ("chosen", "variables"),
     [
@@ -73,7 +74,11 @@ def test_what_a_gpu_may_let_pass_fails(body, error, message):
         ("test_fused_integer.py::test_windows_and_soft_caps", {}),
         ("test_fused_integer.py::test_errs_no_more_than_its_twin[all-tiers]", {"MKV_EAGER_COPIES": "1"}),
         ("test_fused_integer.py::test_bfloat16[d128]", {}),
-        ("test_fused_decode.py::test_decode_errs_no_more_than_its_twin[all-tiers]", {}),
+        ("test_fused_decode.py::test_decode_errs_no_more_than_its_twin", {}),
+        ("test_fused_decode.py::test_long_contexts[80]", {}),
+        ("test_fused_prefill.py::test_prefill_errs_no_more_than_its_twin[j2-heads7-d64]", {"MKV_RUN_PTX": "80"}),
+        ("test_fused_prefill.py::test_windows_and_soft_caps_over_16_bits[170-0.0-2-dtype1]", {"MKV_RUN_PTX": "80"}),
+        ("test_fused_expand.py::test_errs_no_more_than_the_twin[tiers-j2]", {"MKV_RUN_PTX": "80"}),
     ],
 )
 def test_compiled_kernels_do_what_interpreted_ones_do(chosen, variables, tmp_path):
