@@ -79,6 +79,9 @@ def test_what_a_gpu_may_let_pass_fails(body, error, message):
         ("test_fused_prefill.py::test_prefill_errs_no_more_than_its_twin[j2-heads7-d64]", {"MKV_RUN_PTX": "80"}),
         ("test_fused_prefill.py::test_windows_and_soft_caps_over_16_bits[170-0.0-2-dtype1]", {"MKV_RUN_PTX": "80"}),
         ("test_fused_expand.py::test_errs_no_more_than_the_twin[tiers-j2]", {"MKV_RUN_PTX": "80"}),
+        ("test_store.py::test_writes_what_the_twin_does[all-tiers-triton]", {"MKV_RUN_PTX": "80"}),
+        ("test_store.py::test_writes_what_the_twin_does[folded-down-triton]", {"MKV_RUN_PTX": "80"}),
+        ("test_store.py::test_what_is_not_a_number_shows[32767-triton]", {}),
     ],
 )
 def test_compiled_kernels_do_what_interpreted_ones_do(chosen, variables, tmp_path):

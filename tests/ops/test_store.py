@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -101,7 +103,8 @@ def check(layer, T, store):
 
 
 def few(differ, share, layer):
-    if layer.dtype == torch.float32 or layer.memory.device.type == "cpu":
+    interpreted = layer.memory.device.type == "cpu" and "MKV_RUN_PTX" not in os.environ
+    if layer.dtype == torch.float32 or interpreted:
         return differ.float().mean() < share
     # On tensor cores, bases have 10 bits of mantissa; of a handful, one may differ.
     return int(differ.sum()) <= max(1, 0.05 * differ.numel())
