@@ -173,7 +173,6 @@ class Known:
 NARROW = "a tile of 16 coordinates or words has fewer than 16 bytes for each of 256 threads"
 ACROSS = "numbers of the thread, from before the loop to behind it"
 MANY = "5 or 6 tiers, and more than 700 columns of values"
-ENDS = "loops over the last tokens, which have masks"
 WARP = "accumulators of one warp, and what its loops have in common, take all registers of a thread"
 SUMS = "a product over 1024 coordinates that is not a loop"
 KNOWN = (
@@ -181,7 +180,6 @@ KNOWN = (
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
     Known("loads", 4, "*tiers-*", "*", "gfx942", "of 32 tokens, threads load 4 or 8 bytes each; 64 spill"),
     Known("spills", 8, "tiers-j1-head-256", "attend_codes", "80", ACROSS),
-    Known("loads", 2, "tiers-j[12]*", "prefill", "*0*", ENDS),
     Known("spills", 48, "*", "prefill", "90", ACROSS),
     Known("spills", 16, "narrow-tiers-j1", "prefill", "80", ACROSS),
     Known("spills", 88, "tiers-j1", "prefill", "*0", WARP),
@@ -191,8 +189,6 @@ KNOWN = (
     Known("moves", 17, "tiers-j8", "*", "*0*", MANY),
     Known("spills", 8, "full-rank-j8", "expand", "100", SUMS),
     Known("moves", 1, "full-rank-j8", "expand", "100", SUMS),
-    Known("spills", 16, "narrow-tiers-j8", "*", "[19]0*", MANY),
-    Known("moves", 2, "narrow-tiers-j8", "*", "[19]0*", MANY),
 )
 
 
