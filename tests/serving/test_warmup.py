@@ -91,6 +91,7 @@ BATCHES = (
     [2] * 150,
     # Prompts in chunks, beside requests that decode; contexts long enough to be split.
     [1900, 3, 700, 64, 65],
+    [2700],
     [1],
 )
 
@@ -113,16 +114,18 @@ def names(variants):
 def test_no_step_meets_a_new_kernel(tiny_model, make_adapter, uneven_path, serving):
     from vllm_mkv.adapter import Adapter
 
-    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=2)
+    model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=8192)
     # Every layer has ranks and tiers of its own.
     adapter = make_adapter(model, path=uneven_path(Adapter.load(make_adapter(model)).shape, (16, 4, 0)))
-    options = {"max_num_seqs": 160, "max_num_batched_tokens": 512, "max_model_len": 2048, "dtype": "bfloat16"}
+    # Of one request, more splits than are combined at once, of the most fewer.
+    options = {"max_num_seqs": 160, "max_num_batched_tokens": 512, "max_model_len": 8192, "dtype": "bfloat16"}
     settings = serving.engine_settings(model, adapter, 0.4, **options)
     settings["additional_config"]["mkv"]["kernels"] = "triton"
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     # With drafts, more query rows than products of integers are for.
-    launched = LAUNCHED, sorted([*LAUNCHED, "_attend_kernel"])
-    runs = record([settings, settings | {"speculative_config": drafts}])
+    launched = LAUNCHED, LAUNCHED, sorted([*LAUNCHED, "_attend_kernel"])
+    # The second has fewer rows at most than large tiles of the product with D are for.
+    runs = record([settings, settings | {"max_num_seqs": 100}, settings | {"speculative_config": drafts}])
     for (started, profiled, served), expected in zip(runs, launched, strict=True):
         assert not started
         assert names(profiled) == expected

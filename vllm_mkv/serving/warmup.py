@@ -68,13 +68,14 @@ def steps(limits: StepLimits, query_heads: int, device: torch.device) -> Iterato
     """Steps within the limits that between them launch every kernel that any step does.
 
     Decoding, with a request's single query or several, and prefill; few tokens and many, by the bounds of the store
-    and of the kernel that combines splits; `query_heads` are those of a KV head.
+    and of the product with D; one request and the most, which have most splits and fewest; `query_heads` are those of a
+    KV head.
     """
     many = FEW_ROWS // query_heads + 1
     for queries in sorted({1, limits.queries}):
-        for tokens in (min(queries, limits.tokens), many):
-            if tokens <= min(limits.tokens, limits.requests * queries):
-                yield _step(tokens, queries, limits, device, decodes=True)
+        most = min(limits.tokens, limits.requests * queries)
+        for tokens in sorted({min(queries, limits.tokens), min(many, most), most}):
+            yield _step(tokens, queries, limits, device, decodes=True)
     for tokens in (1, FEW_TOKENS + 1):
         if tokens <= limits.tokens:
             yield _step(tokens, tokens, limits, device, decodes=False)
