@@ -27,7 +27,8 @@ class Launch:
 def decode(
     layer: Layer, shape: Shape, requests: Requests, query: torch.Tensor, cache: torch.Tensor, num_processors: int
 ) -> Launch:
-    from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode
+    from mkv_kernels.fused.decode import DecodeWorkspace, decode
+    from mkv_kernels.fused.splits import choose_splits
 
     num_splits = choose_splits(layer.table, shape.batch, shape.context, num_processors)
     workspace = DecodeWorkspace.make(layer.table, shape.num_tokens, layer.num_heads, num_splits)

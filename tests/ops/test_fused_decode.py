@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mkv_kernels.fused import combine, launch
 from mkv_kernels.fused import decode as module
-from mkv_kernels.fused.decode import DecodeWorkspace, choose_splits, decode, visible_tokens
+from mkv_kernels.fused.decode import DecodeWorkspace, decode
+from mkv_kernels.fused.splits import choose_splits, visible_tokens
 from mkv_kernels.fused.table import SideShape, tier_sizes
 from mkv_kernels.layout import PageLayout
 

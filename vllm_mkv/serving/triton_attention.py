@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mkv_kernels.fused.decode import choose_splits, decode, visible_tokens
+from mkv_kernels.fused.decode import decode
 from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import check_served, prefill
+from mkv_kernels.fused.splits import choose_splits, visible_tokens
 from mkv_kernels.fused.store import project_and_store
 from mkv_kernels.fused.table import LayerTable
 

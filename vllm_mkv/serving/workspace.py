@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mkv_kernels.fused.decode import MAX_QUERIES, DecodeWorkspace, choose_splits
+from mkv_kernels.fused.decode import MAX_QUERIES, DecodeWorkspace
 from mkv_kernels.fused.expand import Expansion
+from mkv_kernels.fused.splits import choose_splits
 from mkv_kernels.fused.store import StoreWorkspace
 from vllm_mkv.serving import compat
 

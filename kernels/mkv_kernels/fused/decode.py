@@ -3,7 +3,7 @@
 
 One program takes a request, a latent group and a split of the context; the rows of its products are all query heads of
 the group, times the queries of the request. It reads no coordinate beyond its group's ranks. How groups of different
-ranks are balanced is said at `table.Work`.
+ranks are balanced is said at `splits.Work`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.combine import combine
 from mkv_kernels.fused.integer import attend_codes, store_sums
-from mkv_kernels.fused.table import MAX_SPLITS, SIDE_FIELDS, SPLITS, LayerTable
+from mkv_kernels.fused.splits import SPLITS
+from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable
 from mkv_kernels.fused.tile import coordinates, parts_of
 from mkv_kernels.fused.warp import attend
 
 MAX_QUERIES = 16
 """Queries per request, speculative ones included, up to which this is the kernel to call."""
-LEAST_TOKENS = 256
-"""A split of fewer costs more to combine than it saves."""
 
 
 @triton.jit
@@ -282,27 +281,6 @@ class DecodeWorkspace:
         device = table.regions.device
         sizes = cls.sizes(table, num_tokens, num_heads, num_splits)
         return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes))
-
-
-def visible_tokens(max_seq_len: int, max_queries: int, window: int) -> int:
-    """Of a request of so many cached tokens, how many its queries see at most."""
-    return min(max_seq_len, window + max_queries - 1) if window else max_seq_len
-
-
-def choose_splits(table: LayerTable, num_requests: int, max_seq_len: int, num_processors: int) -> int:
-    """Parts that contexts are cut into: one of `table.SPLITS`, from shapes alone.
-
-    Args:
-        max_seq_len: bound of the cached tokens that a request's queries see, see `visible_tokens`; a CUDA graph must be
-            captured with the bound that it serves.
-        num_processors: streaming multiprocessors of the device.
-    """
-    wanted = min(
-        launch.programs_per_processor(table.shapes) * num_processors / (num_requests * table.num_groups),
-        max_seq_len / LEAST_TOKENS,
-        MAX_SPLITS,
-    )
-    return max(splits for splits in SPLITS if splits <= max(1, wanted))
 
 
 def decode(

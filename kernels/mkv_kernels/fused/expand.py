@@ -19,6 +19,7 @@ import triton.language as tl
 
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
+from mkv_kernels.fused.splits import work_of
 from mkv_kernels.fused.table import (
     SIDE_FIELDS,
     LayerTable,
@@ -26,7 +27,6 @@ from mkv_kernels.fused.table import (
     SideShape,
     power_of_two,
     regions_of,
-    work_of,
 )
 from mkv_kernels.fused.tile import load_scales, load_tile, scales_of, tier_of
 from mkv_kernels.fused.unpack import unpacked

@@ -166,18 +166,6 @@ class Tiles:
         return cls(rows, *_tokens(shapes, rows, min(most_tokens, shapes.tokens), itemsize, SHARED_BYTES), warps)
 
 
-def programs_per_processor(shapes: Shapes) -> int:
-    """Programs of decode that a streaming multiprocessor has registers and shared memory for; of `integer`, as many as
-    were fastest on an H200 among powers of two (12 of 168 registers would fit where 8 are taken)."""
-    if shapes.integers is not None:
-        return 16 if shapes.integers.is_small else 8
-    if shapes.operands is not None:
-        return 8 if shapes.coded else 4
-    if shapes.coded:
-        return max(1, 8 // shapes.warps)
-    return 4 if shapes.value.columns <= 128 else 2
-
-
 def _warps(rows: int, columns: int, target: Target) -> int:
     # AMD's have 64 threads: of more than 4, each has half the registers.
     return 4 if (rows == 16 and columns <= 560) or target.backend == "hip" else 8

@@ -20,14 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.layout import WIDTHS, GroupLayout, PageLayout, SideLayout, check_block_size, side_bytes
+from mkv_kernels.fused.splits import Work, work_of
+from mkv_kernels.layout import WIDTHS, GroupLayout, PageLayout, SideLayout, check_block_size
 
 SIDE_FIELDS = 9
 TIERS = WIDTHS[:-1]
-MAX_SPLITS = 256
-SPLITS = (1, 2, 3, *(step << octave for octave in range(6) for step in (4, 5, 6, 7)), MAX_SPLITS)
-"""Parts that contexts may be cut into: in steps of a quarter or less beyond 4, so that programs fill most of a GPU
-whatever the number of requests."""
 ITEM_COLUMNS = (32, 64)
 """Columns of a projection that one program of the store computes: few where tokens are few, to keep a GPU busy."""
 TILES = (64, 128)
@@ -242,23 +239,6 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Programs of a decode launch that cuts every group's context into as many parts.
-
-    Whatever its rank, a group's program has as many tokens as any other's. One of few bytes per token waits less for
-    memory, but executes as much; with splits in proportion to bytes, it was the longest (2 parts where others had 4: a
-    launch took 1.3 to 1.6 times as long on an H100). Many programs share a multiprocessor, so that the bytes of all
-    even out; the groups with most come first, so that what is left to wait for at the end is small.
-
-    Shapes:
-        programs: [P, 4] int32: group, its split, its number of splits, and the group's value rank; all splits of a
-            group one after the other
-    """
-
-    programs: torch.Tensor
-
-
-@dataclass(frozen=True)
 class LayerTable:
     """Built once per layer from its bases.
 
@@ -392,15 +372,3 @@ def _items(layout: PageLayout, group_heads: int, columns: int) -> torch.Tensor:
             ]
     # The last of the coded items packs what all of them projected, so they start first.
     return torch.tensor([*coded, *exact, *queries], dtype=torch.int32).reshape(-1, 6)
-
-
-def work_of(layout: PageLayout, device: torch.device, splits: Sequence[int] = SPLITS) -> dict[int, Work]:
-    sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
-    heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
-    order = torch.tensor([[group, layout.groups[group].value.rank] for group in heavy_first], dtype=torch.int32)
-    work = {}
-    for count in splits:
-        group, rank = order.repeat_interleave(count, 0).unbind(1)
-        split = torch.arange(count, dtype=torch.int32).repeat(len(order))
-        work[count] = Work(torch.stack([group, split, torch.full_like(group, count), rank], 1).to(device))
-    return work
