@@ -110,6 +110,9 @@ def test_errors_name_the_mend(make_layer):
     arguments = layer.cache, layer.table, expansion, step.block_table, step.seq_lens
     table = torch.arange(3, dtype=torch.int32)[None]
     expanded, table = expanded.to(step.query.device), table.to(step.query.device)
+    other = Expansion.of(make_layer(("8x3", "16x2"), block_size=32).table)
+    with pytest.raises(ValueError, match="the expansion is of another layer"):
+        expand(layer.cache, layer.table, other, step.block_table, step.seq_lens, expanded, table, max_seq_len=33)
     with pytest.raises(ValueError, match="its pages should be"):
         expand(*arguments, expanded[..., :-8].contiguous(), table, max_seq_len=33)
     with pytest.raises(ValueError, match="expanded_table is torch"):

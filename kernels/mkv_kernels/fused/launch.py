@@ -262,6 +262,13 @@ def check_expansion(
     expanded_table: torch.Tensor,
 ) -> tuple[Pages, Pages]:
     """Raises ValueError unless the arguments of `expand` fit each other; the pages of both."""
+    heads = table.num_groups * table.group_heads
+    own = (heads, table.head_size, table.layout.block_size)
+    if (expanded_layer.num_groups, expanded_layer.head_size, expanded_layer.layout.block_size) != own:
+        raise ValueError(
+            f"the expansion is of another layer: this one has {heads} KV heads of {table.head_size} in pages of "
+            f"{table.layout.block_size} tokens; take `Expansion.of` its table"
+        )
     check_dtypes({"the cache": cache, "the expanded pages": expanded})
     B, integers = seq_lens.shape[0], {"block_table": block_table, "expanded_table": expanded_table}
     check_integers({**integers, "seq_lens": seq_lens})
