@@ -162,7 +162,7 @@ def test_splits_depend_on_shapes_alone_and_fill_the_device(make_layer):
     assert choose_splits(layer.table, 1, visible_tokens(1 << 17, 4, 512), 132) == 2
     assert choose_splits(layer.table, 88, 1 << 17, 132) == 3
     assert choose_splits(layer.table, 14, 1 << 17, 132) == 16
-    programs = layer.table.work[3].programs.tolist()
+    programs = layer.table.work[3].tolist()
     assert programs == [[group, split, 3, rank] for group, rank in ((0, 64), (1, 16)) for split in range(3)], (
         "the group with most bytes is first"
     )

@@ -151,9 +151,9 @@ def combine(
             `partial` is overwritten.
         output: [T, H, d]
     """
-    work, d, J = table.work[num_splits], table.head_size, table.group_heads
+    programs, d, J = table.work[num_splits], table.head_size, table.group_heads
     T, M = output.shape[0], output.shape[1] // (table.num_groups * J)
-    folded, num_programs = table.value_up is None, len(work.programs)
+    folded, num_programs = table.value_up is None, len(programs)
     # Where there are many splits there are few requests: as much at once, of more splits and in more programs.
     many = num_splits > FEW_SPLITS
     rows, most, at_once = (1, 64, 64) if many else (min(4, power_of_two(J * M)), 128, FEW_SPLITS)
@@ -163,7 +163,7 @@ def combine(
     on(_combine_kernel, (T * triton.cdiv(J * M, rows), table.num_groups, triton.cdiv(columns, chunk)))(
         partial,
         stats,
-        work.programs,
+        programs,
         table.value_mean,
         output,
         num_programs,
@@ -187,7 +187,7 @@ def combine(
     tile, columns, depth, stages = (16, 32, 128, most_stages) if few else (64, min(128, power_of_two(d)), 64, 3)
     on(_up_kernel, (triton.cdiv(T * M, tile), table.num_groups * J, triton.cdiv(d, columns)))(
         partial,
-        work.programs,
+        programs,
         table.value_up,
         table.value_mean,
         output,

@@ -3,7 +3,7 @@
 
 One program takes a request, a latent group and a split of the context; the rows of its products are all query heads of
 the group, times the queries of the request. It reads no coordinate beyond its group's ranks. How groups of different
-ranks are balanced is said at `splits.Work`.
+ranks are balanced is said at `splits.work_of`.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class DecodeWorkspace:
     @staticmethod
     def sizes(table: LayerTable, num_tokens: int, num_heads: int, num_splits: int) -> tuple[int, int]:
         """Numbers that `partial` and `stats` hold for at most so many tokens, query heads and splits."""
-        rows = num_tokens * len(table.work[num_splits].programs) * (num_heads // table.num_groups)
+        rows = num_tokens * len(table.work[num_splits]) * (num_heads // table.num_groups)
         return rows * table.rank_v, rows * 2
 
     @classmethod
@@ -320,8 +320,8 @@ def decode(
         raise ValueError(f"{num_splits} splits; take one of {SPLITS}, see choose_splits")
     launch.check_scores(scale, window, soft_cap)
     T, J, M = query.shape[0], table.group_heads, query.shape[3]
-    work, num_requests = table.work[num_splits], seq_lens.shape[0]
-    num_programs = len(work.programs)
+    programs, num_requests = table.work[num_splits], seq_lens.shape[0]
+    num_programs = len(programs)
     launch.check_buffers(
         {"partial": workspace.partial, "stats": workspace.stats},
         DecodeWorkspace.sizes(table, T, table.num_groups * J * M, num_splits),
@@ -339,7 +339,7 @@ def decode(
         block_table,
         seq_lens,
         query_start_loc,
-        work.programs,
+        programs,
         table.regions,
         workspace.partial,
         workspace.stats,

@@ -240,7 +240,7 @@ def prefill(
         block_table,
         seq_lens,
         query_start_loc,
-        table.work[1].programs,
+        table.work[1],
         table.regions,
         table.value_mean if folded else table.value_up,
         table.value_mean,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,25 +21,17 @@ LEAST_TOKENS = 256
 """A split of fewer costs more to combine than it saves."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """Programs of a decode launch that cuts every group's context into as many parts.
+def work_of(layout: PageLayout, device: torch.device, splits: Sequence[int] = SPLITS) -> dict[int, torch.Tensor]:
+    """By number of splits, the programs of a decode launch that cuts every group's context into as many.
 
     Whatever its rank, a group's program has as many tokens as any other's. One of few bytes per token waits less for
     memory, but executes as much; with splits in proportion to bytes, it was the longest (2 parts where others had 4: a
     launch took 1.3 to 1.6 times as long on an H100). Many programs share a multiprocessor, so that the bytes of all
     even out; the groups with most come first, so that what is left to wait for at the end is small.
 
-    Shapes:
-        programs: [P, 4] int32: group, its split, its number of splits, and the group's value rank; all splits of a
-            group one after the other
+    Shapes: [P, 4] int32 each: group, its split, its number of splits, and the group's value rank; all splits of a group
+    one after the other.
     """
-
-    programs: torch.Tensor
-
-
-def work_of(layout: PageLayout, device: torch.device, splits: Sequence[int] = SPLITS) -> dict[int, Work]:
-    """By number of splits."""
     sizes = [sum(side_bytes(side.widths, layout.itemsize) for side in (g.key, g.value)) for g in layout.groups]
     heavy_first = sorted(range(len(sizes)), key=lambda group: -sizes[group])
     order = torch.tensor([[group, layout.groups[group].value.rank] for group in heavy_first], dtype=torch.int32)
@@ -48,7 +39,7 @@ def work_of(layout: PageLayout, device: torch.device, splits: Sequence[int] = SP
     for count in splits:
         group, rank = order.repeat_interleave(count, 0).unbind(1)
         split = torch.arange(count, dtype=torch.int32).repeat(len(order))
-        work[count] = Work(torch.stack([group, split, torch.full_like(group, count), rank], 1).to(device))
+        work[count] = torch.stack([group, split, torch.full_like(group, count), rank], 1).to(device)
     return work
 
 

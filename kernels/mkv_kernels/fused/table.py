@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from mkv_kernels.bases import LayerBases, RunBases
-from mkv_kernels.fused.splits import Work, work_of
+from mkv_kernels.fused.splits import work_of
 from mkv_kernels.layout import WIDTHS, GroupLayout, PageLayout, SideLayout, check_block_size
 
 SIDE_FIELDS = 9
@@ -253,7 +253,7 @@ class LayerTable:
         value_up:    [G, J, Rv, d] None where D is folded into the weights
         value_mean:  [G, J, d]
         items:       per number of columns, [I, 6] int32: the store's work, see `_items`
-        work:        per number of splits, the decode's
+        work:        per number of splits, the decode's, see `splits.work_of`
         half_shifts: [16] int32, how far either half of an operand's words is shifted, see `warp`
     """
 
@@ -270,7 +270,7 @@ class LayerTable:
     value_up: torch.Tensor | None
     value_mean: torch.Tensor
     items: dict[int, torch.Tensor]
-    work: dict[int, Work]
+    work: dict[int, torch.Tensor]
     half_shifts: torch.Tensor
 
     @classmethod
