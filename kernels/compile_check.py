@@ -26,68 +26,31 @@ TRITON_ALWAYS_COMPILE=1.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 # Triton decides when a kernel is decorated whether to compile or to interpret it.
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch
 import triton
 from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, Known, launcher
-from triton.backends.compiler import GPUTarget
+from compile_only import ARCHITECTURES, CompileOnly, backend_of, compiled_by
+from machine_code import read_amd, read_nvidia
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-from mkv_kernels.fused.exact import load_tiles
-from mkv_kernels.fused.integer import load_words
-from mkv_kernels.fused.tile import load_tile
-from mkv_kernels.fused.warp import load_side
-
-ARCHITECTURES = ("80", "90", "100", "gfx942")
 SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
 """Bytes that a program can have on every GPU since 2020, and on AMD's of the 9th generation."""
 LOAD_BAR = 16
 ATTENTION = ("attend", "attend_codes", "prefill")
 """Kernels that load keys and values and multiply them."""
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NVIDIA_MMA = ("HMMA", "IMMA", "HGMMA", "UTCHMMA")
-AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
-AMD_LOAD = re.compile(rf"(?:global|buffer)_load_({'|'.join(AMD_LOADS)})")
-NVIDIA_LINE = re.compile(
-    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]+)(?:.*`\((?P<to>\.L\w+)\))?"
-)
-AMD_LINE = re.compile(r"\s+(?P<opcode>[a-z]+_\w+)(?:\s+(?P<to>\.L\w+))?")
-SPILL_MOVES = ("LDL", "STL", "scratch_load", "scratch_store")
-WARP_SIZE = {"cuda": 32, "hip": 64}
-
-
-@dataclass
-class Found:
-    """What a kernel's compiled code says of itself; `loads` counts the instructions by bytes per thread."""
-
-    registers: int
-    spills: int
-    mma: int
-    code: int
-    loop: int
-    moves: int
-    loads: Counter[int]
 
 
 @dataclass
@@ -125,145 +88,6 @@ HEAD = (
     "verdict",
 )  # fmt: skip
 WIDTHS = (6, 18, 11, 7, 5, 4, 6, 5, 6, 4, 5, 4, 18, 0)
-
-
-class CompileOnly:
-    """Stands in for Triton's driver: there is a device of this architecture, and nothing is ever run on it."""
-
-    def __init__(self, arch: str) -> None:
-        backend = backend_of(arch)
-        self.target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
-        # Triton keeps what it compiled by the device's number alone.
-        self.device = ARCHITECTURES.index(arch)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-def backend_of(arch: str) -> str:
-    return "cuda" if arch.isdigit() else "hip"
-
-
-def compiled_by(launch: Any) -> list[tuple[str, Any, float]]:
-    """Runs a launcher with every kernel compiled in place of launched: their names, code, and seconds."""
-    run, seen = JITFunction.run, []
-
-    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        seen.append((self.fn.__name__.strip("_").removesuffix("_kernel"), kernel, time.perf_counter() - start))
-        return kernel
-
-    JITFunction.run = compile_instead
-    try:
-        launch()
-    finally:
-        JITFunction.run = run
-    return seen
-
-
-@cache
-def page_loaders() -> list[tuple[str, int, int]]:
-    """Files, first lines and lines behind the last of the functions that load keys and values."""
-    loaders = (("tile.py", load_tile), ("exact.py", load_tiles), ("warp.py", load_side), ("integer.py", load_words))
-    sources = ((name, *inspect.getsourcelines(function.fn)) for name, function in loaders)
-    return [(name, first, first + len(lines)) for name, lines, first in sources]
-
-
-def loads_pages(file: str, line: int) -> bool:
-    """Whether a line of the source is one that loads keys and values."""
-    return any(file.endswith(name) and first <= line < end for name, first, end in page_loaders())
-
-
-def read_nvidia(kernel: Any) -> tuple[Found, str]:
-    """What the kernel's cubin says, and its disassembly."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [NVIDIA_TOOLS / tool, option, file.name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                check=True,
-            ).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-g"))
-        )  # fmt: skip
-    opcodes: Counter[str] = Counter()
-    loads: Counter[int] = Counter()
-    for instruction, in_load_tile in nvidia_instructions(code):
-        opcode, *modifiers = instruction.split(".")
-        opcodes[opcode] += 1
-        if in_load_tile and opcode in ("LDG", "LDGSTS"):
-            bits = [int(m[1]) for modifier in modifiers if (m := re.fullmatch(r"[US]?(8|16|32|64|128)", modifier))]
-            loads[bits[-1] // 8 if bits else 4] += 1
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    mma = sum(opcodes[name] for name in NVIDIA_MMA)
-    return Found(registers, stack, mma, opcodes.total(), *longest_loop(code, NVIDIA_LINE), loads), code
-
-
-def longest_loop(code: str, line_of_code: re.Pattern[str]) -> tuple[int, int]:
-    """Instructions from a label to the last branch back to it, the most of all labels; and how many of them move what
-    registers do not hold.
-
-    Args:
-        line_of_code: of an instruction: its `opcode`, and `to`, the label that it branches to, if any.
-    """
-    begins: dict[str, int] = {}
-    opcodes: list[str] = []
-    longest: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            begins[label[1]] = len(opcodes)
-        elif instruction := line_of_code.match(line):
-            opcodes.append(instruction["opcode"])
-            if instruction["to"] in begins:
-                longest = max(longest, opcodes[begins[instruction["to"]] :], key=len)
-    return len(longest), sum(opcode.startswith(SPILL_MOVES) for opcode in longest)
-
-
-def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
-    """Opcodes with their modifiers, and whether they load keys and values."""
-    in_load_tile, after_instruction = False, True
-    for line in code.splitlines():
-        if source := re.search(r'//## File "([^"]+)", line (\d+)', line):
-            # Callers follow the line that was inlined into them.
-            if after_instruction:
-                in_load_tile = loads_pages(source[1], int(source[2]))
-            after_instruction = False
-        elif instruction := NVIDIA_LINE.match(line):
-            after_instruction = True
-            yield instruction["opcode"], in_load_tile
-
-
-def read_amd(kernel: Any) -> tuple[Found, str]:
-    code = kernel.asm["amdgcn"]
-    files: dict[str, str] = {}
-    in_load_tile = False
-    mma, count = 0, 0
-    loads: Counter[int] = Counter()
-    for line in code.splitlines():
-        if named := re.match(r'\s+\.file\s+(\d+)\s+.*"([^"]+)"', line):
-            files[named[1]] = named[2]
-        elif place := re.match(r"\s+\.loc\s+(\d+)\s+(\d+)", line):
-            in_load_tile = loads_pages(files.get(place[1], ""), int(place[2]))
-        elif instruction := AMD_LINE.match(line):
-            count += 1
-            mma += instruction["opcode"].startswith("v_mfma")
-            if in_load_tile and (load := AMD_LOAD.match(instruction["opcode"])):
-                loads[AMD_LOADS[load[1]]] += 1
-    registers, scratch = (
-        int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
-        for name in ("vgpr_count", "private_segment_fixed_size")
-    )
-    return Found(registers, scratch, mma, count, *longest_loop(code, AMD_LINE), loads), code
 
 
 def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:

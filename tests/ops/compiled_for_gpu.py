@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def install(arch: str, *, eager: bool) -> None:
     """From now on, launches do so."""
     sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
-    from compile_check import CompileOnly
+    from compile_only import CompileOnly
     from ptx import Kernel
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
