@@ -67,6 +67,14 @@ def start_engine() -> Iterator[Callable[..., Any]]:
         yield start
 
 
+@pytest.fixture
+def inspected_here(monkeypatch) -> None:
+    """vLLM looks at a model's class in a process of its own, which takes half a minute on a busy machine."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+
+
 @pytest.fixture(scope="session")
 def serving() -> Any:
     """The helpers of this file."""

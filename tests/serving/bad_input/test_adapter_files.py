@@ -1,111 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is wrong with what a user gives ends at start-up, with one message that names the cause and the mend.
-
-The models here have no weights at all: whoever loaded them before looking at the rest would say so instead.
-"""
+"""No adapter, a damaged one, or another model's, ends at start-up with one message: cause and mend."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from vllm_mkv.adapter import CONFIG_FILE, WEIGHTS_FILE
 
 AGAIN = "make the adapter again"
-SECONDS = 10
-"""Of this process alone, the first import of what reads configurations included."""
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model, tmp_path_factory) -> Path:
-    """A Llama's configuration and tokenizer."""
-    folder = tmp_path_factory.mktemp("llama") / "no-weights"
-    shutil.copytree(tiny_model("llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
-@pytest.fixture
-def adapter(tiny_model, make_adapter, tmp_path) -> Path:
-    """The Llama's adapter of 3 layers with 2 latent groups of 64 coordinates, to be damaged."""
-    return shutil.copytree(make_adapter(tiny_model("llama"), group_heads=2), tmp_path / "adapter")
-
-
-@pytest.fixture
-def inspected_here(monkeypatch) -> None:
-    """vLLM looks at a model's class in a process of its own, which takes half a minute on a busy machine."""
-    from vllm.model_executor.models import registry
-
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-
-
-@pytest.fixture
-def start(inspected_here, model) -> Callable[..., Any]:
-    """`start(mkv=..., **engine arguments)`: what every engine does before anything else, in the user's own process."""
-
-    def create(mkv: Any = None, **arguments: Any) -> Any:
-        from vllm.engine.arg_utils import EngineArgs
-
-        settings = {"model": str(model), "dtype": "float32", "max_model_len": 256, "attention_backend": "mkv"}
-        if mkv is not None:
-            settings["additional_config"] = {"mkv": mkv}
-        return EngineArgs(**(settings | arguments)).create_engine_config()
-
-    return create
-
-
-@pytest.fixture
-def refused(start) -> Callable[..., None]:
-    """`refused(cause, mend, **arguments of start)`: starting raises one ValueError of one line that says both."""
-
-    def check(cause: str, mend: str, **arguments: Any) -> None:
-        begun = time.process_time()
-        with pytest.raises(ValueError) as caught:
-            start(**arguments)
-        assert time.process_time() - begun < SECONDS
-        message = str(caught.value)
-        assert type(caught.value) is ValueError, message
-        assert cause in message and mend in message, message
-        assert "\n" not in message
-
-    return check
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    """Keys of adapter_config.json; those of the fingerprint as `model__key`."""
-    file = folder / CONFIG_FILE
-    config = json.loads(file.read_text("utf-8"))
-    for name, value in changes.items():
-        *parents, key = name.split("__")
-        place = config
-        for parent in parents:
-            place = place[parent]
-        if value is ...:
-            del place[key]
-        else:
-            place[key] = value
-    file.write_text(json.dumps(config), "utf-8")
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    """Leaves no checksum behind, so that what comes after it is reached."""
-    tensors = load_file(folder / WEIGHTS_FILE)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
-    change_config(folder, weights_sha256="")
 
 
 def changed_model(model: Path, folder: Path, **changes: Any) -> Path:
@@ -214,7 +124,7 @@ def test_json_that_is_no_adapter(refused, adapter, content):
 
 
 @pytest.mark.parametrize("version", [2, 99, 0, "1", None])
-def test_a_format_version_that_is_not_known(refused, adapter, version):
+def test_a_format_version_that_is_not_known(refused, adapter, version, change_config):
     change_config(adapter, format_version=version)
     refused(f"format_version is {version!r}", "upgrade vllm-mkv", mkv={"adapter": str(adapter)})
 
@@ -236,7 +146,7 @@ def test_a_format_version_that_is_not_known(refused, adapter, version):
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_a_configuration_with_a_wrong_key(refused, adapter, changes, cause):
+def test_a_configuration_with_a_wrong_key(refused, adapter, changes, cause, change_config, change_tensors):
     if changes.get("layers") == [0, 1]:  # as an adapter of two layers would have it
         last = [[2, group, side, 3, 0] for group in range(2) for side in range(2)]
         change_tensors(
@@ -302,7 +212,7 @@ def become(name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Callable[[
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_tensor(refused, adapter, change, cause):
+def test_a_wrong_tensor(refused, adapter, change, cause, change_tensors):
     change_tensors(adapter, change)
     refused(f"{adapter / WEIGHTS_FILE}: {cause}", AGAIN, mkv={"adapter": str(adapter)})
 
@@ -323,13 +233,13 @@ def test_a_wrong_tensor(refused, adapter, change, cause):
         ([[0, 0, 3, 0]], "not [steps, 5]"),
     ],
 )
-def test_a_path_that_is_no_way_down(refused, adapter, steps, cause):
+def test_a_path_that_is_no_way_down(refused, adapter, steps, cause, change_tensors):
     change_tensors(adapter, lambda tensors: tensors.update({"allocation.path": np.array(steps, np.int32)}))
     refused(f"{adapter / WEIGHTS_FILE}: tensor allocation.path: ", AGAIN, mkv={"adapter": str(adapter)})
     refused(cause, AGAIN, mkv={"adapter": str(adapter)})
 
 
-def test_a_path_of_fractions_of_blocks(refused, adapter):
+def test_a_path_of_fractions_of_blocks(refused, adapter, change_tensors):
     steps = np.array([[0, 0, 0, 3.5, 0]], np.float32)
     change_tensors(adapter, lambda tensors: tensors.update({"allocation.path": steps}))
     refused("of integers", AGAIN, mkv={"adapter": str(adapter)})
@@ -370,162 +280,3 @@ def test_groups_that_do_not_fit_a_tensor_parallel_rank(refused, start, model, ti
     refused("groups of 2 KV heads do not fit the 1 KV heads", mend, mkv={"adapter": halves}, tensor_parallel_size=8)
     singles = str(make_adapter(tiny_model("llama"), group_heads=1))
     start({"adapter": singles}, tensor_parallel_size=8)
-
-
-# --- options
-
-
-@pytest.mark.parametrize("budget", [0, 0.0, -0.5, 1.01, 7, math.inf, -math.inf, math.nan])
-def test_a_budget_out_of_range(refused, adapter, budget):
-    refused(f"budget {budget:g} is not in (0, 1]", "such as 0.5", mkv={"adapter": str(adapter), "budget": budget})
-
-
-@pytest.mark.parametrize("budget", ["0.5", "half", True, [0.5], {"keys": 0.5}])
-def test_a_budget_that_is_no_number(refused, adapter, budget):
-    refused(f"budget {budget!r} is not a number", "such as 0.5", mkv={"adapter": str(adapter), "budget": budget})
-
-
-@pytest.mark.parametrize("allocation", ["path", "uniform"])
-def test_a_budget_below_the_smallest_ranks(refused, start, adapter, allocation):
-    # Rank 16 of 64 on both sides, in float32 as in any other dtype.
-    mkv = {"adapter": str(adapter), "allocation": allocation}
-    refused("budget 0.2 is smaller than the smallest", "use at least 0.25", mkv=mkv | {"budget": 0.2})
-    start(mkv | {"budget": 0.25})
-
-
-@pytest.mark.parametrize(
-    ("options", "cause", "mend"),
-    [
-        ({"budgett": 0.5}, "unknown mkv option 'budgett'", "known are: adapter, revision, budget, allocation"),
-        ({"adapter": 5}, "option 'adapter' is 5", "it should be a valid string"),
-        ({"adapter": ""}, "adapter is ''", "give a folder or a Hub repository"),
-        ({"allocation": "searched"}, "option 'allocation' is 'searched'", "it should be 'path' or 'uniform'"),
-        ({"revision": 1}, "option 'revision' is 1", "it should be a valid string"),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
-)
-def test_options_that_are_not_known(refused, adapter, options, cause, mend):
-    refused(cause, mend, mkv={"adapter": str(adapter)} | options)
-
-
-@pytest.mark.parametrize("options", ["adapter", ["adapter"], 0.5, False])
-def test_options_that_are_no_object(refused, options):
-    refused(f'"mkv" is {options!r}', "give an object with some of: adapter", mkv=options)
-
-
-def test_null_options(refused):
-    refused('"mkv" is None', "give an object", additional_config={"mkv": None})
-
-
-def test_options_in_the_wrong_place(refused, adapter):
-    options = {"mkv": {"adapter": str(adapter)}, "budget": 0.5}
-    refused("'budget' is beside \"mkv\"", "put it inside", additional_config=options)
-
-
-def test_options_without_the_backend_are_warned_of(start, adapter, monkeypatch):
-    records = []
-    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
-    start({"adapter": str(adapter)}, attention_backend=None)
-    assert [record.getMessage() for record in records] == [
-        "--additional-config has options under mkv, which are ignored: give --attention-backend mkv"
-    ]
-
-
-def test_the_users_own_options_are_left_alone(start, adapter):
-    given = {"mkv": {"adapter": str(adapter)}, "another": "plugin's"}
-    config = start(additional_config=given)
-    assert given == {"mkv": {"adapter": str(adapter)}, "another": "plugin's"}
-    assert config.additional_config["another"] == "plugin's"
-    # So the same options serve a newer adapter in the same place.
-    change_config(adapter, made={"on": "another day"})
-    assert (
-        start(additional_config=given).additional_config["mkv"]["digest"] != config.additional_config["mkv"]["digest"]
-    )
-
-
-def test_an_adapter_that_changes_while_the_engine_starts(refused, start, adapter):
-    digest = start({"adapter": str(adapter)}).additional_config["mkv"]["digest"]
-    change_config(adapter, made={"on": "another day"})
-    refused("changed while vLLM was starting", "start again", mkv={"adapter": str(adapter), "digest": digest})
-
-
-# --- what the user sees
-
-
-def test_only_this_errors_traceback_is_held_back(capsys, monkeypatch):
-    from vllm_mkv.serving import compat
-
-    seen = []
-    monkeypatch.setattr(sys, "excepthook", lambda *raised: seen.append(raised))
-    error = ValueError("the cause\nand the mend")
-    compat.print_without_traceback(error)
-    sys.excepthook(ValueError, error, None)
-    assert capsys.readouterr().err == "vllm-mkv: error: the cause and the mend\n"
-    assert not seen
-    own = KeyError("the user's own bug")
-    own.__context__ = error
-    sys.excepthook(KeyError, own, None)
-    assert seen == [(KeyError, own, None)]
-    assert capsys.readouterr().err == ""
-
-
-def serve(model: Path, *arguments: str) -> list[str]:
-    vllm = Path(sys.executable).with_name("vllm")
-    return [
-        str(vllm),
-        "serve",
-        str(model),
-        "--port",
-        "1",
-        "--max-model-len",
-        "256",
-        "--attention-backend",
-        "mkv",
-        *arguments,
-    ]
-
-
-def script(model: Path, **options: Any) -> list[str]:
-    code = f"from vllm import LLM\nLLM({str(model)!r}, max_model_len=256, attention_backend='mkv', **{options!r})"
-    return [sys.executable, "-c", code]
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (lambda model: serve(model), "no adapter was named and "),
-        (
-            lambda model: serve(model, "--kv-cache-dtype", "fp8"),
-            "--kv-cache-dtype fp8 is not supported with --attention-backend mkv; leave --kv-cache-dtype at auto",
-        ),
-        (
-            lambda model: script(model, additional_config={"mkv": {"budgett": 0.5}}),
-            "--additional-config: unknown mkv option 'budgett'; known are: adapter, revision, budget, allocation",
-        ),
-    ],
-    ids=["serve without an adapter", "serve with fp8 pages", "LLM with a misspelt option"],
-)
-def test_a_process_ends_with_the_message_alone(model, command, message):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    ran = subprocess.run(command(model), capture_output=True, text=True, timeout=600, env=environment)
-    output = ran.stdout + ran.stderr
-    assert ran.returncode == 1, output
-    assert ran.stderr.count(f"vllm-mkv: error: {message}") == 1, output
-    assert output.count(message) == 1, output
-    assert "Traceback" not in output, output
-    assert ran.stderr.splitlines()[-1].startswith("vllm-mkv: error: "), output
-
-
-def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, monkeypatch):
-    records = []
-    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
-
-    def warnings():
-        return [record.getMessage() for record in records if record.levelname == "WARNING" and "MKV" in record.msg]
-
-    start({"adapter": str(adapter)}, max_model_len=128)
-    assert warnings() == []
-    start({"adapter": str(adapter)}, max_model_len=256)
-    (message,) = warnings()
-    assert "windows of 128 tokens" in message and "--context 256" in message
