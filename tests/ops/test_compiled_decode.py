@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +181,17 @@ def test_leaves_modules_open_to_inspection():
     from llvmlite.binding import ffi
 
     assert vars(ffi.lib) == {}
+
+
+@pytest.mark.parametrize(("processor", "feature"), [("haswell", "avx2"), ("skylake-avx512", "avx512bw")])
+def test_processors_without_bfloat16(processor, feature, tmp_path):
+    if not decode.binding.get_host_cpu_features().get(feature):
+        pytest.skip(f"the processor has no {feature}")
+    settings = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    chosen = [
+        "test_compiled_decode.py::test_equals_the_twin[tiers-bfloat16]",
+        "test_store.py::test_bfloat16[all-tiers-compiled]",
+    ]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", *(str(Path(__file__).parent / test) for test in chosen)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=300)
+    assert ran.returncode == 0 and "2 passed" in ran.stdout, ran.stdout + ran.stderr

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 from llvmlite import binding
+from numba import config
 
 from mkv_kernels.bases import LayerBases
 from mkv_kernels.compiled.chunk import CHUNK, num_fours
@@ -28,7 +29,8 @@ LEAST_SPLIT = 2 * CHUNK
 
 def kind_of(dtype: torch.dtype) -> int:
     """What numbers of a dtype are to the processor."""
-    if dtype == torch.bfloat16:
+    # numba may have been told to compile for another processor.
+    if dtype == torch.bfloat16 and config.CPU_NAME is None:
         features = binding.get_host_cpu_features()
         if features.get("avx512bf16") and features.get("avx512bw"):
             return PAIRS

@@ -10,7 +10,22 @@ from numba import njit
 from numba.core import types
 from numba.core.extending import intrinsic
 
-from mkv_kernels.compiled.vector import F32, I64, ITEMSIZE, LANES, NUMBER, PAIRS, UNIT, load, store
+from mkv_kernels.compiled.vector import (
+    BFLOAT16,
+    F32,
+    I16,
+    I32,
+    I64,
+    ITEMSIZE,
+    LANES,
+    NUMBER,
+    PAIRS,
+    STRIP,
+    UNIT,
+    constant,
+    load,
+    store,
+)
 
 
 def lengths(number: int) -> tuple[int, ...]:
@@ -99,6 +114,21 @@ def store_number(typingctx: Any, address: Any, number: Any, kind: Any) -> Any:
 
 
 def rounded(builder: Any, x: Any, kind: int) -> Any:
+    """Floats, one or `LANES`, as the nearest numbers of a dtype; bfloat16 as words of 16 bits but for `PAIRS`."""
     if ITEMSIZE[kind] == 4:
         return x
-    return builder.fptrunc(x, ir.VectorType(NUMBER[kind], LANES) if isinstance(x.type, ir.VectorType) else NUMBER[kind])
+    is_vector = isinstance(x.type, ir.VectorType)
+    if kind != BFLOAT16:
+        return builder.fptrunc(x, ir.VectorType(NUMBER[kind], LANES) if is_vector else NUMBER[kind])
+    # Where a processor cannot, LLVM calls a function of the C compiler's library, which not every system has.
+    longs, words = (ir.VectorType(I32, LANES), STRIP) if is_vector else (I32, I16)
+
+    def number(value: int) -> Any:
+        return constant(longs, value) if is_vector else I32(value)
+
+    bits = builder.bitcast(x, longs)
+    upper = builder.lshr(bits, number(16))
+    to_even = builder.add(builder.and_(upper, number(1)), number(0x7FFF))
+    nearest = builder.lshr(builder.add(bits, to_even), number(16))
+    quiet = builder.or_(upper, number(0x40))
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), quiet, nearest), words)
