@@ -94,9 +94,10 @@ def test_drafts_are_decoded_together(tiny_model, make_adapter, generate, calls):
 def test_where_they_cannot_run_pytorch_serves_and_says_so(
     tiny_model, make_adapter, start_engine, serving, monkeypatch, caplog, calls
 ):
-    from vllm_mkv.serving import compat
+    from vllm_mkv.serving import kernels, loader
 
-    monkeypatch.setattr(compat, "without_numba", lambda dtype: "no threads")
+    for module in (kernels, loader):
+        monkeypatch.setattr(module, "without_numba", lambda dtype: "no threads")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     model = tiny_model("llama")
     adapter = make_adapter(model)

@@ -86,6 +86,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
     },
+    "k2-horizon": {"architectures": ["K2HorizonForCausalLM"], "model_type": "llama"},
     "mamba": {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
     "bert": {"architectures": ["BertModel"], "model_type": "bert"},
     "whisper": {
@@ -153,7 +154,9 @@ def passes(start, monkeypatch) -> Callable[..., Any]:
         from vllm_mkv.serving import configure
 
         seen = []
-        monkeypatch.setattr(configure.ServingPlan, "make", lambda config, options: seen.append(config) or NO_PLAN)
+        monkeypatch.setattr(
+            configure.ServingPlan, "make", lambda config, options: seen.append(config) or no_plan(config)
+        )
         start(*args, **arguments)
         assert len(seen) == 1
         return seen[0]
@@ -161,15 +164,10 @@ def passes(start, monkeypatch) -> Callable[..., Any]:
     return check
 
 
-class NoPlan:
-    digest = "0123"
-    adapter = SimpleNamespace(config=SimpleNamespace(made={}))
+def no_plan(vllm_config: Any) -> SimpleNamespace:
+    config = SimpleNamespace(made={}, base_model_name_or_path=vllm_config.model_config.model)
+    return SimpleNamespace(digest="0123", adapter=SimpleNamespace(config=config), describe=lambda: "no plan")
 
-    def describe(self) -> str:
-        return "no plan"
-
-
-NO_PLAN = NoPlan()
 
 OTHER = "serve this model with another backend"
 
@@ -187,6 +185,7 @@ OTHER = "serve this model with another backend"
         ("jamba", "a model with layers of kinds full_attention, linear_attention"),
         ("mamba", "a model with layers of kinds linear_attention"),
         ("whisper", "an encoder-decoder model"),
+        ("k2-horizon", "a model whose keys vLLM permutes"),
     ],
 )
 def test_attention_of_another_kind(refused, model, feature):
@@ -275,6 +274,38 @@ def test_the_models_own_cache_dtype(passes, dtype):
     passes(kv_cache_dtype=dtype, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
+    ],
+    ids=["compressed-tensors", "modelopt"],
+)
+def test_a_quantised_cache_that_a_checkpoint_asks_for(declared, tmp_path, configured_model):
+    from vllm.config import ModelConfig
+
+    from vllm_mkv.serving.configure import declares_a_cache
+
+    folder = configured_model("llama")
+    model = ModelConfig(str(folder), skip_tokenizer_init=True)
+    assert not declares_a_cache(model)
+    model.hf_config.quantization_config = declared
+    assert declares_a_cache(model)
+    del declared["quant_method"]
+    assert declares_a_cache(model)
+    declared.clear()
+    assert not declares_a_cache(model)
+
+
+def test_the_checkpoints_own_cache_dtype_names_the_mend(refused, passes, monkeypatch):
+    from vllm_mkv.serving import configure
+
+    monkeypatch.setattr(configure, "declares_a_cache", lambda model: True)
+    refused("the quantised cache that this checkpoint asks for", "pass --kv-cache-dtype bfloat16", dtype="bfloat16")
+    passes(dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
 def test_kv_connectors(refused, start):
     from vllm.config import KVTransferConfig
 
@@ -288,6 +319,30 @@ def test_kv_connectors(refused, start):
 
 def test_kv_offloading(refused):
     refused("KV offloading", "remove --kv-offloading-size", kv_offloading_size=1.0)
+
+
+def test_weights_from_another_process(refused, passes):
+    from vllm.config import WeightTransferConfig
+
+    transfer = WeightTransferConfig(backend="nccl")
+    refused(
+        "--weight-transfer-config with value bases folded into the weights",
+        'add "fold": false',
+        weight_transfer_config=transfer,
+    )
+    passes(weight_transfer_config=transfer, additional_config={"mkv": {"fold": False}})
+    refused("--load-format ipc_cache", "use another --load-format", load_format="ipc_cache")
+
+
+def test_steps_in_parts(refused):
+    # On CPU, vLLM switches --enable-dbo off.
+    mend = "remove --enable-dbo and --ubatch-size"
+    refused("dual batch overlap", mend, ubatch_size=2, all2all_backend="deepep_low_latency")
+
+
+def test_batch_invariance(refused, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    refused("VLLM_BATCH_INVARIANT=1", "unset it")
 
 
 def test_context_parallelism(refused, start):

@@ -50,3 +50,8 @@ class MKVAttentionBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # Steps are planned from the lengths on the CPU.
+        return False

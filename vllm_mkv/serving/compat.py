@@ -213,11 +213,60 @@ def _load_adapters_after_weights() -> None:
 
 
 def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
-    """The model's attention layers by name. Private: CompilationConfig.static_forward_context."""
-    from vllm.model_executor.layers.attention import Attention
+    """All of the model's layers with a cache, of whatever class, by name. Private:
+    CompilationConfig.static_forward_context."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+    return {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
+
+
+def is_plain_attention(layer: Any) -> bool:
+    """Whether a layer is vLLM's own, not of a class that changes which tokens are seen, or what is kept."""
+    from vllm.model_executor.layers.attention import Attention
+
+    return type(layer) is Attention
+
+
+def is_batch_invariant() -> bool:
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Has the worker refuse, before it does anything, what would overwrite or hand out this model's weights: bases are
+    folded into them.
+
+    Private: wraps methods of the worker that `collective_rpc` and the engine call. Removable when vLLM asks the model
+    or its loader first.
+    """
+
+    def refuse(what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{what} is not supported while MKV's value bases are folded into the weights; start the engine with "
+            '"fold": false in the mkv options'
+        )
+
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        raise refuse("loading weights into a model that is served")
+
+    model.load_weights = load_weights  # type: ignore[assignment]
+    model.mkv_folded = True  # type: ignore[assignment]
+    worker = sys.modules.get("vllm.v1.worker.gpu_worker")
+    for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard", "sleep"):
+        original = getattr(getattr(worker, "Worker", None), name, None)
+        if original is None or hasattr(original, "mkv_original"):
+            continue
+
+        def checked(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            level = kwargs.get("level", args[0] if args else 1)
+            if getattr(self.model_runner.get_model(), "mkv_folded", False) and (_name != "sleep" or level == 2):
+                raise refuse("sleep of level 2" if _name == "sleep" else _name)
+            return _original(self, *args, **kwargs)
+
+        checked.mkv_original = original  # type: ignore[attr-defined]
+        setattr(worker.Worker, name, functools.wraps(original)(checked))  # type: ignore[union-attr]
 
 
 def layer_index(layer_name: str) -> int:
@@ -246,39 +295,6 @@ def plain_linear_children(parent: nn.Module) -> tuple[Any, Any]:
         return found[0] if plain else None
 
     return only(QKVParallelLinear), only(RowParallelLinear)
-
-
-def kernels(option: str, dtype: torch.dtype) -> str:
-    """ "triton", "numba" or "torch", from the option of that name.
-
-    Raises:
-        NotImplementedError: Triton or numba is asked for where it cannot run.
-    """
-    from vllm.platforms import current_platform
-
-    # The platform, not a tensor's device, says what vLLM runs on.
-    on_gpu = current_platform.is_cuda_alike()
-    if option == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotImplementedError(
-            "Triton kernels need a GPU; leave the mkv option kernels at auto, or set TRITON_INTERPRET=1 to debug them"
-        )
-    if option == "triton" or (option == "auto" and on_gpu):
-        return "triton"
-    if option == "torch":
-        return option
-    reason = "they are for CPUs" if on_gpu else without_numba(dtype)
-    if option == "numba" and reason:
-        raise NotImplementedError(f"numba kernels cannot run: {reason}; leave the mkv option kernels at auto")
-    return "torch" if reason else "numba"
-
-
-def without_numba(dtype: torch.dtype) -> str | None:
-    """Why numba's kernels cannot serve this CPU; None where they can."""
-    try:
-        from mkv_kernels.compiled.decode import unsupported
-    except ImportError as error:
-        return str(error)
-    return unsupported(dtype)
 
 
 def num_processors(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -13,7 +14,7 @@ from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 # vLLM configures the logger `vllm` alone.
 logger = init_logger("vllm.mkv")
@@ -34,6 +35,8 @@ def configure(vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = {**given, "mkv": {**given.get("mkv", {}), "digest": plan.digest}}
     logger.info("%s", plan.describe())
     model = vllm_config.model_config
+    warn_of_another_model(plan.adapter.config.base_model_name_or_path, model.model)
+    warn_of_long_rope(model, plan.adapter.config.made.get("context"))
     calibrated, longest = plan.adapter.config.made.get("context"), model.max_model_len
     window = model.get_sliding_window()
     if window is not None and window < longest and "sliding_window" in kinds_of_layers(vllm_config):
@@ -52,6 +55,37 @@ def configure(vllm_config: VllmConfig) -> None:
         )
 
 
+def warn_of_another_model(adapters: str, served: str) -> None:
+    """Of the same shape, or `check_model` would have refused it. Names are compared without where they lie."""
+    if Path(adapters).name.casefold() != Path(served).name.casefold():
+        logger.warning(
+            "MKV: the adapter was made for %s, and %s is served. Their shapes are equal; how good it is here was not "
+            "measured: vllm-mkv eval tells.",
+            adapters,
+            served,
+        )
+
+
+def warn_of_long_rope(model: ModelConfig, calibrated: object) -> None:
+    """vLLM rotates every token of a LongRoPE model by its long factors where requests may be long; transformers, which
+    adapters are made with, only in windows that are."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(
+        model.hf_text_config, "original_max_position_embeddings", None
+    )
+    if rope.get("rope_type") != "longrope" or not isinstance(original, int) or not isinstance(calibrated, int):
+        return
+    if (calibrated > original) != (model.max_model_len > original):
+        logger.warning(
+            "MKV: this model has a rotary embedding for up to %d tokens and one for more; the adapter was made with "
+            "one and is served with the other: worse than was measured. Calibrate and search with --context %d, or "
+            "set --max-model-len to %d.",
+            original,
+            original + 1 if model.max_model_len > original else original,
+            original if model.max_model_len > original else original + 1,
+        )
+
+
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raises NotImplementedError for the first feature of a configuration that MKV does not serve."""
     for feature, alternative in unsupported_features(vllm_config):
@@ -66,10 +100,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
     text = model.hf_text_config
     other = "serve this model with another backend"
     quantised = "leave --kv-cache-dtype at auto: MKV's budget is what makes the cache smaller"
+    checkpoints = f"pass --kv-cache-dtype {own_dtype(model)}: MKV's budget is what makes the cache smaller"
     speculative = vllm_config.speculative_config
     attention = vllm_config.attention_config
     mkv = compat.mkv_member()
-    own_dtypes = ("auto", str(model.dtype).removeprefix("torch."))
+    own_dtypes = ("auto", own_dtype(model))
     layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
     # vLLM looks a layer's kind up first; MKV for kinds that no layer here is of would serve nothing.
     mkv_serves_layers = all(
@@ -90,6 +125,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
             model.is_diffusion or model.is_mm_prefix_lm or attention.use_non_causal,
             "attention that is not causal",
             other,
+        ),
+        (
+            cache.cache_dtype != own_dtype(model) and declares_a_cache(model),
+            "the quantised cache that this checkpoint asks for",
+            checkpoints,
         ),
         (cache.cache_dtype not in own_dtypes, f"--kv-cache-dtype {cache.cache_dtype}", quantised),
         (
@@ -115,9 +155,31 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[str, str]]:
             f"MKV beside other attention backends ({backends_by_kind(vllm_config)})",
             "give --attention-backend mkv alone",
         ),
-        (parallel.enable_dbo, "dual batch overlap", "remove --enable-dbo"),
+        (parallel.use_ubatching, "dual batch overlap", "remove --enable-dbo and --ubatch-size"),
+        (compat.is_batch_invariant(), "VLLM_BATCH_INVARIANT=1", "unset it"),
+        (
+            vllm_config.weight_transfer_config is not None and MKVOptions.of(vllm_config).fold,
+            "--weight-transfer-config with value bases folded into the weights",
+            'add "fold": false to the mkv options',
+        ),
+        (vllm_config.load_config.load_format == "ipc_cache", "--load-format ipc_cache", "use another --load-format"),
+        (model.architecture in PERMUTED_ARCHITECTURES, "a model whose keys vLLM permutes", other),
     ]
     return [(feature, alternative) for present, feature, alternative in found if present]
+
+
+def own_dtype(model: ModelConfig) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def declares_a_cache(model: ModelConfig) -> bool:
+    """Whether a checkpoint says how the keys and values of its cache are to be quantised, as compressed-tensors and
+    ModelOpt write it."""
+    declared = getattr(model.hf_config, "quantization_config", None)
+    if not isinstance(declared, dict):
+        return False
+    places = (declared, declared.get("quantization") or {})
+    return any(place.get(key) for place in places for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
 
 
 def kinds_of_layers(vllm_config: VllmConfig) -> set[str]:
@@ -139,5 +201,7 @@ ALIBI_ARCHITECTURES = frozenset({"Step1ForCausalLM"})
 """Beside those that vLLM's ModelConfig.uses_alibi knows. The impl's constructor refuses the rest."""
 SINK_ARCHITECTURES = frozenset({"GptOssForCausalLM"})
 """The impl's constructor refuses the rest."""
+PERMUTED_ARCHITECTURES = frozenset({"K2HorizonForCausalLM"})
+"""Keys have their channels in another order than in transformers, with which adapters are made."""
 SERVED_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 MODEL_FREE_SPECULATION = frozenset({"ngram", "ngram_gpu", "suffix"})

@@ -23,6 +23,7 @@ from vllm_mkv.serving import compat, fold
 from vllm_mkv.serving.attention import MKVAttentionImpl
 from vllm_mkv.serving.configure import configure
 from vllm_mkv.serving.cpu_attention import CPUAttention
+from vllm_mkv.serving.kernels import without_numba
 from vllm_mkv.serving.options import MKVOptions
 from vllm_mkv.serving.plan import ServingPlan
 
@@ -55,6 +56,10 @@ class MKVModelLoader(BaseModelLoader):
     def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.base.create_model(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # What some loaders have beyond the interface: all weights, for reloading them.
+        return getattr(self.base, name)
+
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self.base.load_weights(model, model_config)
         vllm_config = self._vllm_config or get_current_vllm_config_or_none()
@@ -78,19 +83,18 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     """Gives every MKV attention layer of the model its bases, layout and cache spec.
 
     Raises:
+        NotImplementedError: a layer attends in a way that is not MKV's.
         ValueError: the adapter has no bases for a layer, or its keys are less a mean and a layer caps its scores.
     """
-    modules = dict(model.named_modules())
-    layers = {
-        name: layer
-        for name, layer in compat.attention_layers(vllm_config).items()
-        if isinstance(layer.impl, MKVAttentionImpl)
-    }
-    if not layers:  # a model with another backend, in a process that has also served with MKV
+    if not compat.uses_mkv(vllm_config):  # a model with another backend, in a process that has also served with MKV
         return
-    plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
+    modules = dict(model.named_modules())
+    layers = compat.attention_layers(vllm_config)
+    options = MKVOptions.of(vllm_config)
+    plan = ServingPlan.make(vllm_config, options)
+    check_layers(layers, plan)
     # With LoRA, deltas computed from the model's own weights are added behind every projection.
-    may_fold = may_fold and vllm_config.lora_config is None
+    may_fold = may_fold and options.fold and vllm_config.lora_config is None
     make_attention = _attention_maker(vllm_config, plan, list(layers.values()))
     folded = [0, 0]
     for name, layer in layers.items():
@@ -107,8 +111,33 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
         _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out, make_attention)
         folded[0] += qkv is not None
         folded[1] += out is not None and plan.adapter.config.group_heads == 1
-    model.load_weights = _refuse_reload  # type: ignore[assignment]
+    if any(folded):
+        compat.keep_weights(model)
     logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
+
+
+def check_layers(layers: dict[str, Attention], plan: ServingPlan) -> None:
+    """Raises NotImplementedError unless every layer with a cache attends as MKV does, to keys of the adapter's shape.
+
+    A model may choose its layers' classes and backends itself, whatever the user asked for.
+    """
+    model = plan.adapter.config.model
+    shape = (model.head_size, model.head_size, max(1, model.num_key_value_heads // plan.num_shards))
+    for name, layer in layers.items():
+        own = f"{type(layer).__name__} with {type(layer.impl).__name__}"
+        if not compat.is_plain_attention(layer) or not isinstance(layer.impl, MKVAttentionImpl):
+            raise NotImplementedError(
+                f"{name} is {own}, which is not MKV's attention; serve this model with another backend"
+            )
+        found = (layer.head_size, layer.head_size_v, layer.num_kv_heads)
+        if found != shape:
+            raise NotImplementedError(
+                f"{name} has {found[2]} KV heads of {found[0]} and {found[1]} coordinates, where the adapter's layers "
+                f"have {shape[2]} of {shape[0]}; layers of several shapes are not supported with MKV: serve this model "
+                "with another backend"
+            )
+    if not layers:
+        raise NotImplementedError("no layer of this model has a KV cache; serve it with another backend")
 
 
 def _attention_maker(
@@ -116,7 +145,7 @@ def _attention_maker(
 ) -> Callable[[LayerBases, Attention], LayerAttention]:
     """What makes a layer's kernels from its bases; `layers` are all for which it will be asked."""
     if plan.kernels == "torch":
-        reason = compat.without_numba(vllm_config.model_config.dtype)
+        reason = without_numba(vllm_config.model_config.dtype)
         if reason and MKVOptions.of(vllm_config).kernels == "auto":
             logger.warning("MKV: PyTorch serves, slower than the compiled kernels, which cannot run: %s", reason)
         return lambda bases, layer: CPUAttention(
@@ -145,7 +174,7 @@ def _compiled_attention_maker(dtype: torch.dtype) -> Callable[[LayerBases, Atten
     from mkv_kernels.compiled.decode import DecodeScratch, LayerDecode
     from mkv_kernels.compiled.store import LayerStore, StoreScratch
 
-    logger.info("MKV: compiling CPU kernels; takes seconds, once per machine")
+    logger.info("MKV: compiling CPU kernels, or loading what was compiled before")
     store_scratch, decode_scratch = StoreScratch(), DecodeScratch()
 
     def make(bases: LayerBases, layer: Attention) -> LayerAttention:
@@ -216,10 +245,3 @@ def _adapt_layer(
         )
 
     compat.set_cache_spec(layer, make_spec)
-
-
-def _refuse_reload(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(
-        "weights of a model that is served with MKV cannot be reloaded, since bases are folded into them; "
-        "start the engine anew"
-    )

@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from mkv_kernels.schedule import MAX_SCORES, Bucket, Decodes, make_buckets, split_decodes
 from vllm_mkv.serving import compat
 from vllm_mkv.serving.attention import MKVAttentionImpl
+from vllm_mkv.serving.kernels import choose_kernels
 from vllm_mkv.serving.options import MKVOptions
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def one_behind_the_other(seq_lens: torch.Tensor, block_size: int, most_blocks: i
 
 
 def kernels_of(vllm_config: VllmConfig) -> str:
-    return compat.kernels(MKVOptions.of(vllm_config).kernels, vllm_config.model_config.dtype)
+    return choose_kernels(MKVOptions.of(vllm_config).kernels, vllm_config.model_config.dtype)
 
 
 class MKVMetadataBuilder(AttentionMetadataBuilder[MKVMetadata]):

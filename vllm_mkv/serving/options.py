@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +20,8 @@ class MKVOptions(BaseModel):
     budget: bytes per token as a share of the model's own cache, in (0, 1]; without it, the adapter's default.
     kernels: "triton", "numba" or "torch"; "auto" takes Triton on GPUs, and numba on CPUs, or PyTorch where it cannot.
     allocation: "path" replays the adapter's allocation path, "uniform" treats all latent groups alike.
+    fold: whether value bases are folded into the model's weights, where these allow it. Weights can then neither be
+        reloaded nor saved.
     digest: of the adapter. Set by the plugin, so that vLLM's compile cache and other processes see the same adapter.
     """
 
@@ -29,6 +32,7 @@ class MKVOptions(BaseModel):
     budget: Any = None
     allocation: Literal["path", "uniform"] = "path"
     kernels: Literal["auto", "triton", "numba", "torch"] = "auto"
+    fold: bool = True
     digest: str | None = None
 
     @classmethod
@@ -38,13 +42,17 @@ class MKVOptions(BaseModel):
         if not isinstance(additional, dict):
             raise ValueError(f"--additional-config is a {type(additional).__name__}; give an object with the key mkv")
         raw = additional.get("mkv", {})
-        known = ", ".join(name for name in cls.model_fields if name != "digest")
+        names = [name for name in cls.model_fields if name != "digest"]
+        known = ", ".join(names)
         if not isinstance(raw, dict):
             raise ValueError(f'--additional-config: "mkv" is {raw!r}; give an object with some of: {known}')
-        for name in ("adapter", "budget", "allocation", "kernels"):
-            if name in additional:
+        # Other keys are other plugins', but for those that are these misspelt, which would change nothing.
+        for key in additional:
+            if key != "mkv" and sorted(key.casefold()) == sorted("mkv"):
+                raise ValueError(f'--additional-config: {key!r} is not known; MKV\'s options are under "mkv"')
+            if meant := get_close_matches(key.casefold(), names, 1, 0.85):
                 raise ValueError(
-                    f'--additional-config: {name!r} is beside "mkv"; put it inside: {{"mkv": {{"{name}": ...}}}}'
+                    f'--additional-config: {key!r} is beside "mkv"; put it inside: {{"mkv": {{"{meant[0]}": ...}}}}'
                 )
         try:
             return cls.model_validate(raw)

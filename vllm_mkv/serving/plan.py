@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_mkv.adapter import Adapter, choose_budget, digest, locate
 from vllm_mkv.allocation import Allocation
 from vllm_mkv.fingerprint import ModelFingerprint
-from vllm_mkv.serving import compat
+from vllm_mkv.serving.kernels import choose_kernels
 from vllm_mkv.serving.options import MKVOptions
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class ServingPlan:
     digest: str
     adapter: Adapter
     budget: float
+    is_default: bool
+    """Whether the adapter, not the user, chose the budget."""
     allocation: Allocation
     block_size: int
     itemsize: int
@@ -58,8 +60,9 @@ class ServingPlan:
         num_shards = vllm_config.parallel_config.tensor_parallel_size
         _check_groups(adapter, num_shards)
         allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
-        kernels = compat.kernels(options.kernels, model.dtype)
-        return cls(folder, found, adapter, budget, allocation, block_size, itemsize, num_shards, kernels)
+        kernels = choose_kernels(options.kernels, model.dtype)
+        is_default = options.budget is None
+        return cls(folder, found, adapter, budget, is_default, allocation, block_size, itemsize, num_shards, kernels)
 
     @property
     def bytes_per_token(self) -> int:
@@ -86,7 +89,8 @@ class ServingPlan:
             )
         )
         return (
-            f"MKV: adapter {self.folder} ({self.digest}), budget {self.budget:g} asked and {reached:.4f} reached: "
+            f"MKV: adapter {self.folder} ({self.digest}), budget {self.budget:g} "
+            f"{'by default' if self.is_default else 'asked'} and {reached:.4f} reached: "
             f"{used} bytes per token in place of {round(used / reached)}"
             + (f" ({waste} of them padding)" if waste else "")
             + f", {1 / reached:.2f} times the tokens in the same memory; {KERNELS[self.kernels]} kernels"

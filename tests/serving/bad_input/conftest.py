@@ -26,7 +26,7 @@ SECONDS = 10
 @pytest.fixture(scope="module")
 def model(tiny_model, tmp_path_factory) -> Path:
     """A Llama's configuration and tokenizer."""
-    folder = tmp_path_factory.mktemp("llama") / "no-weights"
+    folder = tmp_path_factory.mktemp("llama") / "model"
     shutil.copytree(tiny_model("llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 

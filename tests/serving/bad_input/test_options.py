@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +31,11 @@ def test_a_budget_below_the_smallest_ranks(refused, start, adapter, allocation):
 @pytest.mark.parametrize(
     ("options", "cause", "mend"),
     [
-        ({"budgett": 0.5}, "unknown mkv option 'budgett'", "known are: adapter, revision, budget, allocation"),
+        (
+            {"budgett": 0.5},
+            "unknown mkv option 'budgett'",
+            "known are: adapter, revision, budget, allocation, kernels, fold",
+        ),
         ({"adapter": 5}, "option 'adapter' is 5", "it should be a valid string"),
         ({"adapter": ""}, "adapter is ''", "give a folder or a Hub repository"),
         ({"allocation": "searched"}, "option 'allocation' is 'searched'", "it should be 'path' or 'uniform'"),
@@ -51,9 +56,27 @@ def test_null_options(refused):
     refused('"mkv" is None', "give an object", additional_config={"mkv": None})
 
 
-def test_options_in_the_wrong_place(refused, adapter):
-    options = {"mkv": {"adapter": str(adapter)}, "budget": 0.5}
-    refused("'budget' is beside \"mkv\"", "put it inside", additional_config=options)
+@pytest.mark.parametrize(
+    "name", ["adapter", "revision", "budget", "allocation", "kernels", "fold", "Budget", "budgets"]
+)
+def test_options_in_the_wrong_place(refused, adapter, name):
+    options = {"mkv": {"adapter": str(adapter)}, name: 0.5}
+    refused(f"'{name}' is beside \"mkv\"", "put it inside", additional_config=options)
+
+
+@pytest.mark.parametrize("name", ["MKV", "mvk", "Mkv"])
+def test_a_misspelt_key(refused, adapter, name):
+    options = {name: {"adapter": str(adapter), "budget": 0.5}}
+    refused(f"{name!r} is not known", 'under "mkv"', additional_config=options)
+
+
+def test_a_default_is_not_called_asked(start, adapter):
+    from vllm_mkv.serving.options import MKVOptions
+    from vllm_mkv.serving.plan import ServingPlan
+
+    for mkv, words in (({}, "budget 0.5 by default and 0.5000 reached"), ({"budget": 0.5}, "budget 0.5 asked and 0.5")):
+        config = start({"adapter": str(adapter), **mkv})
+        assert words in ServingPlan.make(config, MKVOptions.of(config)).describe()
 
 
 def test_options_without_the_backend_are_warned_of(start, adapter, monkeypatch):
@@ -95,3 +118,33 @@ def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, ada
     start({"adapter": str(adapter)}, max_model_len=256)
     (message,) = warnings()
     assert "windows of 128 tokens" in message and "--context 256" in message
+
+
+def test_another_model_of_the_same_shape_is_warned_of(start, model, adapter, change_config, monkeypatch):
+    records = []
+    monkeypatch.setattr(logging.getLogger("vllm.mkv"), "handle", records.append)
+    for base, warned in ((f"elsewhere/{model.name}", 0), ("somebody/another-model", 1)):
+        records.clear()
+        change_config(adapter, base_model_name_or_path=base)
+        start({"adapter": str(adapter)}, max_model_len=128)
+        assert [r.levelname for r in records].count("WARNING") == warned
+    assert "was made for somebody/another-model" in records[-1].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "calibrated", "mend"), [(128, 64, "--context 65"), (64, 100, "--context 64")]
+)
+def test_the_other_rotary_embedding_is_warned_of(max_model_len, calibrated, mend, monkeypatch):
+    from vllm_mkv.serving import configure
+
+    records = []
+    monkeypatch.setattr(configure.logger, "handle", records.append)
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(rope_parameters=rope), max_model_len=max_model_len)
+    configure.warn_of_long_rope(model, max_model_len)
+    assert not records
+    configure.warn_of_long_rope(model, calibrated)
+    assert len(records) == 1 and mend in records[0].getMessage()
+    rope["rope_type"] = "default"
+    configure.warn_of_long_rope(model, calibrated)
+    assert len(records) == 1
