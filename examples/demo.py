@@ -291,7 +291,7 @@ def report(stock: Measured, mkv: Measured, choice: Choice, args: argparse.Namesp
         "tokens"
     )
     table = Table(title=title)
-    table.add_column("cache")
+    table.add_column("cache", no_wrap=True)
     for column in ("tokens of cache", "bytes per token", "x smaller", "perplexity", "KL"):
         table.add_column(column, justify="right")
     four_bit = choice.four_bit

@@ -108,7 +108,7 @@ class Session:
             except torch.OutOfMemoryError as error:
                 row.status, row.note = "skipped", f"out of memory: {error}"
             except ImportError as error:
-                row.status, row.note = "absent", f"{type(error).__name__}: {error}"
+                row.status, row.note = "failed" if row.own else "absent", f"{type(error).__name__}: {error}"
             # Whatever a peer raises is the peer's row, and of the others' there is no list.
             except Exception as error:
                 row.status, row.note = "failed", f"{type(error).__name__}: {error}"
