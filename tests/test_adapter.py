@@ -14,6 +14,7 @@ from vllm_mkv.adapter import (
     Adapter,
     AdapterConfig,
     LayerBases,
+    check_output,
     choose_budget,
     digest,
     locate,
@@ -112,14 +113,51 @@ def test_saving_replaces_an_adapter_and_nothing_else(folder, tmp_path):
     assert (tmp_path / "work" / "thesis.tex").read_text() == "precious"
 
 
-def test_an_interrupted_save_leaves_what_was_there(folder, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("config", ['{"peft_type": "LORA", "r": 16}', '{"peft_type": ', "[]"])
+def test_an_adapter_of_another_kind_is_not_replaced(tmp_path, config):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / CONFIG_FILE).write_text(config)
+    with pytest.raises(ValueError, match=r"lora holds other files than an adapter of vllm-mkv; name a folder that"):
+        random_adapter().save(tmp_path / "lora", "")
+    assert [file.name for file in (tmp_path / "lora").iterdir()] == [CONFIG_FILE]
+    assert (tmp_path / "lora" / CONFIG_FILE).read_text() == config
 
-    monkeypatch.setattr("vllm_mkv.adapter.os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        random_adapter(1).save(folder.parent / "new", "")
-    assert sorted(file.name for file in folder.parent.iterdir()) == ["adapter"]
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder, monkeypatch):
+    with pytest.raises(ValueError, match="cannot write into /proc"):
+        check_output("/proc/adapter")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=f"{folder} is where this command runs"):
+        check_output(".")
+
+
+def test_a_damaged_adapter_and_an_empty_folder_can_be_replaced(folder, tmp_path):
+    change_config(folder, basis=...)
+    (tmp_path / "empty").mkdir()
+    for place in (folder, tmp_path / "empty"):
+        random_adapter(1).save(place, "")
+        assert Adapter.load(place).config.made == {"seed": 1}
+
+
+def test_what_others_put_into_an_adapter_stays(folder):
+    (folder / "widths.png").write_bytes(b"a drawing")
+    (folder / "notes").mkdir()
+    (folder / "notes" / CARD_FILE).write_text("mine")
+    (folder / "latest").symlink_to("notes")
+    random_adapter(1).save(folder, "newer")
+    assert Adapter.load(folder).config.made == {"seed": 1}
+    assert (folder / CARD_FILE).read_text() == "newer"
+    assert (folder / "widths.png").read_bytes() == b"a drawing"
+    assert (folder / "latest").is_symlink() and (folder / "latest" / CARD_FILE).read_text() == "mine"
+    assert [file.name for file in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(folder, tmp_path):
+    for name, target in (("link", "adapter"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        random_adapter(1).save(tmp_path / name, "")
+        assert (tmp_path / name).is_symlink() and Adapter.load(tmp_path / target).config.made == {"seed": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "dangling", "link", "new"]
 
 
 CONFIG_MISTAKES = {
@@ -265,6 +303,17 @@ def test_locate_finds_folders_and_names_what_is_missing(folder, tmp_path):
         locate(str(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match="give a folder or a Hub repository"):
         locate("", None)
+
+
+def test_what_a_killed_write_put_aside_is_named(folder):
+    aside = folder.rename(folder.with_name(".adapter.1a2b.old"))
+    mend = f"put one aside: move {aside} to {folder}"
+    for find in (Adapter.load, lambda place: locate(str(place), None)):
+        with pytest.raises(ValueError, match=mend):
+            find(folder)
+    own = aside.rename(folder.with_name(".mkv.1a2b.old"))
+    with pytest.raises(ValueError, match=f"put one aside: move {own}"):
+        locate(None, str(folder.parent))
 
 
 def test_the_default_budget_is_the_adapters():

@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from mkv_kernels.layout import BLOCK
 from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget
 from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.folder import check_replaceable, put_aside, replaced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -123,7 +122,7 @@ class Adapter:
             )
 
     def save(self, folder: str | Path, card: str) -> None:
-        """Writes the whole folder at once: it is complete or absent, never half written."""
+        """Writes the whole folder at once: it is complete or as it was. Files of others in it stay."""
         folder = check_output(folder)
         tensors = {"allocation.path": np.ascontiguousarray(self.path.steps, dtype=np.int32)}
         for layer, bases in zip(self.config.layers, self.bases, strict=True):
@@ -131,36 +130,32 @@ class Adapter:
                 tensors[f"layers.{layer}.{side}.{name}"] = np.ascontiguousarray(getattr(bases, name), np.float32)
             tensors[f"layers.{layer}.key.mean"] = np.ascontiguousarray(bases.key_mean, np.float32)
             tensors[f"layers.{layer}.value.mean"] = np.ascontiguousarray(bases.value_mean, np.float32)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        aside = staging.with_name(f"{staging.name}.old")
-        try:
+        with replaced(folder, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)) as staging:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "np"})
+            (staging / WEIGHTS_FILE).chmod(0o644)
             config = self.config.model_copy(update={"weights_sha256": _sha256(staging / WEIGHTS_FILE)})
             (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
             (staging / CARD_FILE).write_text(card, "utf-8")
-            staging.chmod(0o755)
-            (staging / WEIGHTS_FILE).chmod(0o644)
-            if folder.exists():
-                # Aside first: to be killed while an old folder is being removed must not leave half of it.
-                os.replace(folder, aside)
-            os.replace(staging, folder)
-        except BaseException:
-            if aside.exists() and not folder.exists():
-                os.replace(aside, folder)
-            raise
-        finally:
-            for leftover in (staging, aside):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_output(folder: str | Path) -> Path:
-    """The folder to write an adapter to. Raises ValueError where it is a file or holds something else."""
-    folder = Path(folder)
+    """The folder to write an adapter to, its links resolved.
+
+    Raises:
+        ValueError: it is a file, holds files and no adapter of vllm-mkv, or cannot be written; names the mend.
+    """
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder that is new, empty, or an adapter")
-    if folder.exists() and not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files; name a folder that is new, empty, or an adapter")
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            _read_json(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds other files than an adapter of vllm-mkv; name a folder that is new, empty, or an "
+                "adapter"
+            ) from error
+    check_replaceable(folder)
     return folder
 
 
@@ -169,11 +164,12 @@ def digest(folder: str | Path) -> str:
     return _sha256(Path(folder) / CONFIG_FILE)[:16]
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Reads `adapter_config.json`. Raises ValueError naming file, key and mend."""
+def _read_json(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says. Raises ValueError where there is none, or it is of something else."""
     file = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        what = f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise ValueError(f"{folder} is not a folder, and {what}; {_how_to_get(folder)}")
     if not file.exists():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; {HOW_TO_MAKE_ONE}")
     try:
@@ -183,6 +179,12 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "MATRYOSHKA_KV":
         found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f'{file}: peft_type is {found!r}, not "MATRYOSHKA_KV", so it is no adapter of vllm-mkv')
+    return raw
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Reads `adapter_config.json`. Raises ValueError naming file, key and mend."""
+    file, raw = folder / CONFIG_FILE, _read_json(folder)
     version = raw.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
@@ -198,6 +200,12 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 HOW_TO_MAKE_ONE = "make one with: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+
+
+def _how_to_get(folder: Path) -> str:
+    """An adapter that is not in `folder`."""
+    aside = put_aside(folder)
+    return f"a write that was cut off put one aside: move {aside} to {folder}" if aside else HOW_TO_MAKE_ONE
 
 
 def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, ...], AllocationPath]:
@@ -273,7 +281,7 @@ def locate(
         if Path(adapter).exists() or adapter.startswith((".", "/", "~")):
             folder = Path(adapter).expanduser()
             if not folder.exists():
-                raise ValueError(f"there is no adapter at {folder}; {HOW_TO_MAKE_ONE}")
+                raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
             return folder
         return _download(adapter, revision, "")
     if model and Path(model).is_dir():
@@ -283,6 +291,8 @@ def locate(
     else:
         folder = Path("mkv")
     if not folder.is_dir():
+        if put_aside(folder):
+            raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
         raise ValueError(
             f"no adapter was named and {model} has no folder mkv; make one with: vllm-mkv calibrate {model} "
             '--text FILE --output ADAPTER, and name it: --additional-config \'{"mkv": {"adapter": "ADAPTER"}}\''
