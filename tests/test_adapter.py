@@ -316,6 +316,37 @@ def test_what_a_killed_write_put_aside_is_named(folder):
         locate(None, str(folder.parent))
 
 
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """Downloads of the Hub: what was asked for, and a snapshot with the adapter, and with a model's own in `mkv`."""
+    asked = []
+
+    def download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    random_adapter().save(folder / "mkv", "")
+    return asked
+
+
+def test_a_repository_is_downloaded_at_its_own_revision(folder, hub):
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    assert locate("some/adapter", "some/model", "v2", "v7") == folder
+    assert locate(None, "some/model", None, "v7") == folder / "mkv"
+    assert hub == [("some/adapter", "v2", files), ("some/model", "v7", [f"mkv/{name}" for name in files])]
+
+
+def test_a_revision_of_no_repository_is_refused(folder, hub):
+    with pytest.raises(ValueError, match=f"revision is of a Hub repository, and {folder} is a folder; leave it out"):
+        locate(str(folder), None, "v2")
+    for model in (str(folder), "some/model"):
+        with pytest.raises(ValueError, match=f"the adapter is the folder mkv of {model}; leave it out"):
+            locate(None, model, "v2")
+    assert locate(None, str(folder), None, "v7") == folder / "mkv"
+    assert not hub
+
+
 def test_the_default_budget_is_the_adapters():
     config = random_adapter().config
     assert choose_budget(None, config) == 0.5

@@ -273,7 +273,7 @@ def locate(
         revision, model_revision: of the Hub repositories.
 
     Raises:
-        ValueError: nothing there; names the command that makes an adapter.
+        ValueError: nothing there; names the command that makes an adapter. A revision of what is no repository.
     """
     if adapter is not None:
         if not isinstance(adapter, str) or not adapter:
@@ -282,8 +282,14 @@ def locate(
             folder = Path(adapter).expanduser()
             if not folder.exists():
                 raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
+            if revision is not None:
+                raise ValueError(f"revision is of a Hub repository, and {folder} is a folder; leave it out")
             return folder
         return _download(adapter, revision, "")
+    if revision is not None:
+        raise ValueError(
+            f"revision is of an adapter's Hub repository, and the adapter is the folder mkv of {model}; leave it out"
+        )
     if model and Path(model).is_dir():
         folder = Path(model) / "mkv"
     elif model:
