@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter's files: what is written is read, and what is wrong is refused with file, key and mend."""
 
+import hashlib
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ FINGERPRINT = ModelFingerprint(
     rope={"rope_theta": 10000.0, "rope_type": "default"},
 )
 GROUPS, WIDTH = 2, 32
+STOCK = {"name": "stock", "budget": 1.0, "bytes_per_token": 512, "perplexity": 3.5, "kl": 0.0, "top1": 1.0}
 
 
 def random_adapter(seed=0):
@@ -53,7 +57,7 @@ def random_adapter(seed=0):
         layers=[0, 1],
         default_budget=0.5,
         made={"seed": seed},
-        quality=[{"name": "stock", "perplexity": 3.5}],
+        quality=[STOCK, {**STOCK, "name": "mkv", "budget": 0.5}],
     )
     return Adapter(config, tuple(bases), AllocationPath.uniform(CacheShape(2, GROUPS, WIDTH)))
 
@@ -65,13 +69,16 @@ def folder(tmp_path):
 
 
 def change_config(folder, **changes):
+    """Keys of adapter_config.json, ... for none; those of the model as `model__key`."""
     file = folder / CONFIG_FILE
     config = json.loads(file.read_text())
-    for key, value in changes.items():
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        place = config[parents[0]] if parents else config
         if value is ...:
-            del config[key]
+            del place[key]
         else:
-            config[key] = value
+            place[key] = value
     file.write_text(json.dumps(config))
 
 
@@ -80,7 +87,7 @@ def change_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, folder / WEIGHTS_FILE)
-    change_config(folder, weights_sha256="")
+    change_config(folder, weights_sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
 
 
 def test_what_is_written_is_read(folder):
@@ -162,8 +169,10 @@ def test_a_link_stays_and_what_it_leads_to_is_written(folder, tmp_path):
 
 CONFIG_MISTAKES = {
     "no adapter of vllm-mkv": {"peft_type": "LORA"},
-    "format_version is 2 .* upgrade": {"format_version": 2},
-    "format_version is None": {"format_version": ...},
+    "format_version is 2 .*a newer vllm-mkv wrote it: git pull and pip install": {"format_version": 2},
+    "format_version is None .*copy or make the adapter again": {"format_version": ...},
+    "format_version is 0 .*copy or make the adapter again": {"format_version": 0},
+    "format_version is '1' .*copy or make the adapter again": {"format_version": "1"},
     "key surprise: Extra inputs": {"surprise": 1},
     "key r: Extra inputs": {"r": 16},
     "key basis: Field required": {"basis": ...},
@@ -173,6 +182,21 @@ CONFIG_MISTAKES = {
     "key default_budget: ": {"default_budget": 1.5},
     "key layers: ": {"layers": "all"},
     "key model.architecture: Field required": {"model": {}},
+    r"layers \[0, 1, 1\] are not the model's layers 0 to 1": {"layers": [0, 1, 1]},
+    r"layers \[1, 0\] are not": {"layers": [1, 0]},
+    r"layers \[0, 2\] are not": {"layers": [0, 2]},
+    r"layers \[-1, 0\] are not": {"layers": [-1, 0]},
+    r"layers \[\] are not": {"layers": []},
+    "key model.num_hidden_layers: .*greater than 0": {"model__num_hidden_layers": 0},
+    "key model.num_key_value_heads: .*greater than 0": {"model__num_key_value_heads": 0},
+    "key model.head_size: .*greater than 0": {"model__head_size": -16},
+    "4 KV heads do not divide the model's 6 query heads": {"model__num_attention_heads": 6},
+    "latent groups of 34 coordinates": {"model__head_size": 17},
+    "key quality.0.budget: Field required": {"quality": [{"x": 1}]},
+    "key quality.0.x: Extra inputs": {"quality": [STOCK | {"x": 1}]},
+    "key quality.1.kl: Input should be a finite number": {"quality": [STOCK, STOCK | {"kl": math.nan}]},
+    "key quality.0.top1: Input should be a valid number": {"quality": [STOCK | {"top1": "most"}]},
+    "key weights_sha256: String should match": {"weights_sha256": ""},
 }
 
 
@@ -181,6 +205,16 @@ def test_a_wrong_configuration_is_refused(folder, reason):
     change_config(folder, **CONFIG_MISTAKES[reason])
     with pytest.raises(ValueError, match=f"{CONFIG_FILE}.*{reason}"):
         Adapter.load(folder)
+
+
+def test_rows_of_quality_may_have_no_name_and_whole_numbers(folder):
+    rows = [{name: value for name, value in STOCK.items() if name != "name"} | {"budget": 1}]
+    change_config(folder, quality=rows)
+    assert Adapter.load(folder).config.quality == rows
+
+
+def test_the_bundled_adapter_is_read():
+    Adapter.load(Path(__file__).parents[1] / "examples" / "books-4m" / "mkv")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"x"'])
@@ -230,6 +264,11 @@ TENSOR_MISTAKES = {
     "layers.1.value.C and value.D are no inverse pair": put("layers.1.value.D", lambda x: x.swapaxes(-1, -2).copy()),
     "allocation.path: step 0 names block": put("allocation.path", with_value((0, 0), 2)),
     "allocation.path: its shape is": put("allocation.path", lambda x: x[:, :4].copy()),
+    "tensor layers.2.key.A is of nothing that adapter_config.json names": lambda tensors: tensors.update(
+        {"layers.2.key.A": tensors["layers.1.key.A"].copy()}
+    ),
+    # By 0.01: little, and far above rounding.
+    "layers.1.key.A and key.B are no inverse pair": put("layers.1.key.A", lambda x: 1.01 * x),
 }
 
 
@@ -259,6 +298,12 @@ def test_a_changed_file_is_refused(folder):
     content[-100] ^= 1
     (folder / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(ValueError, match="weights_sha256"):
+        Adapter.load(folder)
+
+
+def test_tensors_that_no_checksum_binds_are_refused(folder):
+    change_config(folder, weights_sha256=...)
+    with pytest.raises(ValueError, match=r"weights_sha256.*copy or make the adapter again"):
         Adapter.load(folder)
 
 

@@ -115,13 +115,13 @@ def test_what_cannot_be_replaced_is_refused(folder, monkeypatch):
     check_replaceable(folder)
     check_replaceable(folder / "new" / "one")
     assert contents(folder) == {"ours": "old", "theirs": "precious"}
-    with pytest.raises(ValueError, match="/proc is a mount point.*name a folder in it"):
+    with pytest.raises(ValueError, match=r"/proc is a mount point.*name a folder in it"):
         check_replaceable(Path("/proc"))
-    with pytest.raises(ValueError, match="ours is a file, so that .* name a folder in another place"):
+    with pytest.raises(ValueError, match=r"ours is a file, so that .* name a folder in another place"):
         check_replaceable(folder / "ours" / "new")
     (folder / "below").mkdir()
     monkeypatch.chdir(folder / "below")
-    with pytest.raises(ValueError, match="out is where this command runs.*name another or run elsewhere"):
+    with pytest.raises(ValueError, match=r"out is where this command runs.*name another or run elsewhere"):
         check_replaceable(folder)
     check_replaceable(folder / "new")
 

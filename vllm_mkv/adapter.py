@@ -17,13 +17,15 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, with_config
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from typing_extensions import TypedDict
 
 from mkv_kernels.layout import BLOCK
 from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget
@@ -35,8 +37,21 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 MATRICES = (("key", "A"), ("key", "B"), ("value", "C"), ("value", "D"))
+AGAIN = "copy or make the adapter again"
 INVERSE_TOLERANCE = 1e-3
 """Largest entry of `A B^T - I` and `C D - I` that float32 rounding of a well-conditioned pair explains."""
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class QualityRow(TypedDict):
+    """What was measured of a cache: "mkv" where it has no name, "stock" for the model's own."""
+
+    name: NotRequired[str]
+    budget: FiniteFloat
+    bytes_per_token: int
+    perplexity: FiniteFloat
+    kl: FiniteFloat
+    top1: FiniteFloat
 
 
 class AdapterConfig(BaseModel):
@@ -55,8 +70,9 @@ class AdapterConfig(BaseModel):
     layers: list[int]
     default_budget: float = Field(gt=0, le=1)
     made: dict[str, Any] = {}
-    quality: list[dict[str, Any]] = []
-    weights_sha256: str = ""
+    quality: list[QualityRow] = []
+    weights_sha256: str = Field(default="", pattern="^[0-9a-f]{64}$")
+    """Empty until the adapter is saved; never in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +191,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); copy or make the adapter again") from error
+        raise ValueError(f"{file} cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "MATRYOSHKA_KV":
         found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f'{file}: peft_type is {found!r}, not "MATRYOSHKA_KV", so it is no adapter of vllm-mkv')
@@ -187,16 +203,39 @@ def read_config(folder: Path) -> AdapterConfig:
     file, raw = folder / CONFIG_FILE, _read_json(folder)
     version = raw.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ValueError(
             f"{file}: format_version is {version!r} and this vllm-mkv reads versions up to {FORMAT_VERSION}; "
-            "upgrade vllm-mkv (`pip install -U vllm-mkv`)"
+            + ("a newer vllm-mkv wrote it: git pull and pip install . in a clone of vllm-mkv" if newer else AGAIN)
         )
     try:
-        return AdapterConfig.model_validate(raw)
+        config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{file}: key {key}: {first['msg']}; make the adapter again with vllm-mkv") from error
+    contradiction = _contradiction(config)
+    if contradiction:
+        raise ValueError(f"{file}: {contradiction}; {AGAIN}")
+    return config
+
+
+def _contradiction(config: AdapterConfig) -> str | None:
+    """What of a configuration, each key of which may be right, cannot be."""
+    model, group_heads, layers = config.model, config.group_heads, config.layers
+    heads, width = model.num_key_value_heads, group_heads * model.head_size
+    if not layers or not all(a < b for a, b in pairwise([-1, *layers, model.num_hidden_layers])):
+        return f"layers {layers} are not the model's layers 0 to {model.num_hidden_layers - 1}, in order and each once"
+    if model.num_attention_heads % heads:
+        return f"{heads} KV heads do not divide the model's {model.num_attention_heads} query heads"
+    if heads % group_heads:
+        return f"group_heads {group_heads} does not divide the model's {heads} KV heads"
+    if width % BLOCK:
+        return (
+            f"group_heads {group_heads} and head_size {model.head_size} give latent groups of {width} coordinates, "
+            f"no multiple of {BLOCK}"
+        )
+    return None
 
 
 HOW_TO_MAKE_ONE = "make one with: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
@@ -209,38 +248,25 @@ def _how_to_get(folder: Path) -> str:
 
 
 def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, ...], AllocationPath]:
-    again = "copy or make the adapter again"
     try:
         tensors = load_file(file)
         checksum = _sha256(file)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); {again}") from error
-    if config.weights_sha256 and checksum != config.weights_sha256:
-        raise ValueError(f"{file} is not the file that {CONFIG_FILE} was written with (weights_sha256); {again}")
-    model = config.model
-    if model.num_key_value_heads % config.group_heads:
-        raise ValueError(
-            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} does not divide the model's "
-            f"{model.num_key_value_heads} KV heads; {again}"
-        )
-    width = config.group_heads * model.head_size
-    if width % BLOCK:
-        raise ValueError(
-            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} and head_size {model.head_size} give "
-            f"latent groups of {width} coordinates, no multiple of {BLOCK}; {again}"
-        )
-    groups = model.num_key_value_heads // config.group_heads
+        raise ValueError(f"{file} cannot be read ({error}); {AGAIN}") from error
+    if checksum != config.weights_sha256:
+        raise ValueError(f"{file} is not the file that {CONFIG_FILE} was written with (weights_sha256); {AGAIN}")
+    width, groups = config.group_heads * config.model.head_size, config.model.num_key_value_heads // config.group_heads
 
     def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is missing; {again}")
-        tensor = tensors[name]
+            raise ValueError(f"{file}: tensor {name} is missing; {AGAIN}")
+        tensor = tensors.pop(name)
         if tensor.shape != shape or tensor.dtype != np.float32:
             raise ValueError(
-                f"{file}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}; {again}"
+                f"{file}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}; {AGAIN}"
             )
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{file}: tensor {name} is not finite; {again}")
+            raise ValueError(f"{file}: tensor {name} is not finite; {AGAIN}")
         return tensor
 
     bases = []
@@ -250,15 +276,17 @@ def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, 
         for label, product in (("key.A and key.B", A @ B.swapaxes(-1, -2)), ("value.C and value.D", C @ D)):
             residual = float(np.abs(product - np.eye(width, dtype=np.float32)).max())
             if not residual <= INVERSE_TOLERANCE:
-                raise ValueError(f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {again}")
+                raise ValueError(f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {AGAIN}")
         bases.append(LayerBases(A, B, C, D, *means))
     if "allocation.path" not in tensors:
-        raise ValueError(f"{file}: tensor allocation.path is missing; {again}")
-    path = AllocationPath(CacheShape(len(config.layers), groups, width), tensors["allocation.path"])
+        raise ValueError(f"{file}: tensor allocation.path is missing; {AGAIN}")
+    path = AllocationPath(CacheShape(len(config.layers), groups, width), tensors.pop("allocation.path"))
+    if tensors:
+        raise ValueError(f"{file}: tensor {min(tensors)} is of nothing that {CONFIG_FILE} names; {AGAIN}")
     try:
         path.validate()
     except ValueError as error:
-        raise ValueError(f"{file}: tensor allocation.path: {error}; {again}") from error
+        raise ValueError(f"{file}: tensor allocation.path: {error}; {AGAIN}") from error
     return tuple(bases), path
 
 

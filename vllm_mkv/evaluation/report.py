@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mkv.adapter import Adapter, choose_budget, digest
+from vllm_mkv.adapter import Adapter, QualityRow, choose_budget, digest
 from vllm_mkv.evaluation.widths import draw_widths, widths_table
 
 ITEMSIZE = 2
@@ -52,7 +52,7 @@ def print_info(folder: Path, budget: float | None, plot: str | None) -> None:
         console.print(f"drew {plot}")
 
 
-def quality_rows(rows: list[dict[str, Any]]) -> Table:
+def quality_rows(rows: Sequence[QualityRow]) -> Table:
     """The measured quality of `AdapterConfig.quality`."""
     table = Table(title="measured quality")
     for name in ("cache", "budget", "perplexity", "KL", "same top token"):
