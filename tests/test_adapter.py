@@ -327,6 +327,19 @@ def test_a_model_that_differs_is_refused_by_property(change):
         adapter.check_model(FINGERPRINT.model_copy(update=change))
 
 
+def test_ranks_without_whole_groups_are_refused():
+    adapter = random_adapter()
+    adapter.check_shards(1)
+    adapter.check_shards(2)
+    for num_shards, reason in (
+        (0, "0 tensor-parallel ranks hold no cache; use 1 at least"),
+        (3, "2 latent groups per layer do not divide into 3"),
+        (4, "groups of 2 KV heads do not fit the 1 KV heads of .* --group-heads 1"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            adapter.check_shards(num_shards)
+
+
 def test_the_fingerprint_of_a_saved_model_equals_itself_as_json(tiny_model, architecture):
     from transformers import AutoConfig
 

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from typing_extensions import TypedDict
 
 from mkv_kernels.layout import BLOCK
-from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget
+from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget, split_groups
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.folder import check_replaceable, put_aside, replaced
 
@@ -135,6 +135,19 @@ class Adapter:
                 f"the adapter stores keys less their mean, and {self.config.base_model_name_or_path} has a soft-cap of "
                 "attention scores, which have to be whole where they are capped. Make the adapter again: "
                 "vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
+            )
+
+    def check_shards(self, num_shards: int) -> None:
+        """Raises ValueError unless each of so many tensor-parallel ranks has whole latent groups."""
+        split_groups(range(self.shape.num_groups), num_shards)
+        # vLLM gives every rank one KV head at least, and repeats heads where ranks outnumber them.
+        per_shard, group_heads = max(1, self.config.model.num_key_value_heads // num_shards), self.config.group_heads
+        if per_shard % group_heads:
+            raise ValueError(
+                f"the adapter's latent groups of {group_heads} KV heads do not fit the {per_shard} KV heads of a "
+                f"tensor-parallel rank; use a smaller --tensor-parallel-size than {num_shards}, or make an adapter "
+                "with fewer heads per group (vllm-mkv calibrate MODEL --text FILE --output ADAPTER --group-heads "
+                f"{per_shard})"
             )
 
     def save(self, folder: str | Path, card: str) -> None:
