@@ -327,6 +327,18 @@ def test_a_model_that_differs_is_refused_by_property(change):
         adapter.check_model(FINGERPRINT.model_copy(update=change))
 
 
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (1,), ()])
+def test_a_mean_of_keys_in_any_layer_does_not_suit_a_soft_cap(layers):
+    adapter = random_adapter()
+    for layer in {0, 1} - set(layers):
+        adapter.bases[layer].key_mean[:] = 0
+    if not layers:
+        adapter.check_soft_cap()
+        return
+    with pytest.raises(ValueError, match="keys less their mean, and some/model has a soft-cap"):
+        adapter.check_soft_cap()
+
+
 def test_ranks_without_whole_groups_are_refused():
     adapter = random_adapter()
     adapter.check_shards(1)
