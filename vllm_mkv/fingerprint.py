@@ -50,11 +50,11 @@ class ModelFingerprint(BaseModel):
 
 def _rope(text: Any) -> dict[str, Any]:
     """The rotary parameters as JSON would give them back, so that they compare equal after a round trip."""
-    rope = dict(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
-    for key in ("rope_theta", "partial_rotary_factor"):
-        value = getattr(text, key, None)
-        if value is not None and not any(isinstance(inner, dict) for inner in rope.values()):
-            rope.setdefault(key, value)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not rope and getattr(text, "rope_theta", None) is not None:
+        # Configurations that come with a repository may name them one by one. vLLM gathers them in this way.
+        partial = getattr(text, "partial_rotary_factor", None)
+        rope = {"rope_type": "default", "rope_theta": text.rope_theta, "partial_rotary_factor": partial}
     return json.loads(json.dumps(_plain(rope), sort_keys=True))
 
 
