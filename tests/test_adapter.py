@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter's files: what is written is read, and what is wrong is refused with file, key and mend."""
 
+import hashlib
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from vllm_mkv.adapter import (
     Adapter,
     AdapterConfig,
     LayerBases,
+    check_output,
     choose_budget,
     digest,
     locate,
@@ -30,6 +34,7 @@ FINGERPRINT = ModelFingerprint(
     rope={"rope_theta": 10000.0, "rope_type": "default"},
 )
 GROUPS, WIDTH = 2, 32
+STOCK = {"name": "stock", "budget": 1.0, "bytes_per_token": 512, "perplexity": 3.5, "kl": 0.0, "top1": 1.0}
 
 
 def random_adapter(seed=0):
@@ -52,7 +57,7 @@ def random_adapter(seed=0):
         layers=[0, 1],
         default_budget=0.5,
         made={"seed": seed},
-        quality=[{"name": "stock", "perplexity": 3.5}],
+        quality=[STOCK, {**STOCK, "name": "mkv", "budget": 0.5}],
     )
     return Adapter(config, tuple(bases), AllocationPath.uniform(CacheShape(2, GROUPS, WIDTH)))
 
@@ -64,13 +69,16 @@ def folder(tmp_path):
 
 
 def change_config(folder, **changes):
+    """Keys of adapter_config.json, ... for none; those of the model as `model__key`."""
     file = folder / CONFIG_FILE
     config = json.loads(file.read_text())
-    for key, value in changes.items():
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        place = config[parents[0]] if parents else config
         if value is ...:
-            del config[key]
+            del place[key]
         else:
-            config[key] = value
+            place[key] = value
     file.write_text(json.dumps(config))
 
 
@@ -79,7 +87,7 @@ def change_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, folder / WEIGHTS_FILE)
-    change_config(folder, weights_sha256="")
+    change_config(folder, weights_sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
 
 
 def test_what_is_written_is_read(folder):
@@ -112,20 +120,59 @@ def test_saving_replaces_an_adapter_and_nothing_else(folder, tmp_path):
     assert (tmp_path / "work" / "thesis.tex").read_text() == "precious"
 
 
-def test_an_interrupted_save_leaves_what_was_there(folder, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("config", ['{"peft_type": "LORA", "r": 16}', '{"peft_type": ', "[]"])
+def test_an_adapter_of_another_kind_is_not_replaced(tmp_path, config):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / CONFIG_FILE).write_text(config)
+    with pytest.raises(ValueError, match=r"lora holds other files than an adapter of vllm-mkv; name a folder that"):
+        random_adapter().save(tmp_path / "lora", "")
+    assert [file.name for file in (tmp_path / "lora").iterdir()] == [CONFIG_FILE]
+    assert (tmp_path / "lora" / CONFIG_FILE).read_text() == config
 
-    monkeypatch.setattr("vllm_mkv.adapter.os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        random_adapter(1).save(folder.parent / "new", "")
-    assert sorted(file.name for file in folder.parent.iterdir()) == ["adapter"]
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder, monkeypatch):
+    with pytest.raises(ValueError, match="cannot write into /proc"):
+        check_output("/proc/adapter")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=f"{folder} is where this command runs"):
+        check_output(".")
+
+
+def test_a_damaged_adapter_and_an_empty_folder_can_be_replaced(folder, tmp_path):
+    change_config(folder, basis=...)
+    (tmp_path / "empty").mkdir()
+    for place in (folder, tmp_path / "empty"):
+        random_adapter(1).save(place, "")
+        assert Adapter.load(place).config.made == {"seed": 1}
+
+
+def test_what_others_put_into_an_adapter_stays(folder):
+    (folder / "widths.png").write_bytes(b"a drawing")
+    (folder / "notes").mkdir()
+    (folder / "notes" / CARD_FILE).write_text("mine")
+    (folder / "latest").symlink_to("notes")
+    random_adapter(1).save(folder, "newer")
+    assert Adapter.load(folder).config.made == {"seed": 1}
+    assert (folder / CARD_FILE).read_text() == "newer"
+    assert (folder / "widths.png").read_bytes() == b"a drawing"
+    assert (folder / "latest").is_symlink() and (folder / "latest" / CARD_FILE).read_text() == "mine"
+    assert [file.name for file in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(folder, tmp_path):
+    for name, target in (("link", "adapter"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        random_adapter(1).save(tmp_path / name, "")
+        assert (tmp_path / name).is_symlink() and Adapter.load(tmp_path / target).config.made == {"seed": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "dangling", "link", "new"]
 
 
 CONFIG_MISTAKES = {
     "no adapter of vllm-mkv": {"peft_type": "LORA"},
-    "format_version is 2 .* upgrade": {"format_version": 2},
-    "format_version is None": {"format_version": ...},
+    "format_version is 2 .*a newer vllm-mkv wrote it: git pull and pip install": {"format_version": 2},
+    "format_version is None .*copy or make the adapter again": {"format_version": ...},
+    "format_version is 0 .*copy or make the adapter again": {"format_version": 0},
+    "format_version is '1' .*copy or make the adapter again": {"format_version": "1"},
     "key surprise: Extra inputs": {"surprise": 1},
     "key r: Extra inputs": {"r": 16},
     "key basis: Field required": {"basis": ...},
@@ -135,6 +182,21 @@ CONFIG_MISTAKES = {
     "key default_budget: ": {"default_budget": 1.5},
     "key layers: ": {"layers": "all"},
     "key model.architecture: Field required": {"model": {}},
+    r"layers \[0, 1, 1\] are not the model's layers 0 to 1": {"layers": [0, 1, 1]},
+    r"layers \[1, 0\] are not": {"layers": [1, 0]},
+    r"layers \[0, 2\] are not": {"layers": [0, 2]},
+    r"layers \[-1, 0\] are not": {"layers": [-1, 0]},
+    r"layers \[\] are not": {"layers": []},
+    "key model.num_hidden_layers: .*greater than 0": {"model__num_hidden_layers": 0},
+    "key model.num_key_value_heads: .*greater than 0": {"model__num_key_value_heads": 0},
+    "key model.head_size: .*greater than 0": {"model__head_size": -16},
+    "4 KV heads do not divide the model's 6 query heads": {"model__num_attention_heads": 6},
+    "latent groups of 34 coordinates": {"model__head_size": 17},
+    "key quality.0.budget: Field required": {"quality": [{"x": 1}]},
+    "key quality.0.x: Extra inputs": {"quality": [STOCK | {"x": 1}]},
+    "key quality.1.kl: Input should be a finite number": {"quality": [STOCK, STOCK | {"kl": math.nan}]},
+    "key quality.0.top1: Input should be a valid number": {"quality": [STOCK | {"top1": "most"}]},
+    "key weights_sha256: String should match": {"weights_sha256": ""},
 }
 
 
@@ -143,6 +205,16 @@ def test_a_wrong_configuration_is_refused(folder, reason):
     change_config(folder, **CONFIG_MISTAKES[reason])
     with pytest.raises(ValueError, match=f"{CONFIG_FILE}.*{reason}"):
         Adapter.load(folder)
+
+
+def test_rows_of_quality_may_have_no_name_and_whole_numbers(folder):
+    rows = [{name: value for name, value in STOCK.items() if name != "name"} | {"budget": 1}]
+    change_config(folder, quality=rows)
+    assert Adapter.load(folder).config.quality == rows
+
+
+def test_the_bundled_adapter_is_read():
+    Adapter.load(Path(__file__).parents[1] / "examples" / "books-4m" / "mkv")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'"x"'])
@@ -192,6 +264,11 @@ TENSOR_MISTAKES = {
     "layers.1.value.C and value.D are no inverse pair": put("layers.1.value.D", lambda x: x.swapaxes(-1, -2).copy()),
     "allocation.path: step 0 names block": put("allocation.path", with_value((0, 0), 2)),
     "allocation.path: its shape is": put("allocation.path", lambda x: x[:, :4].copy()),
+    "tensor layers.2.key.A is of nothing that adapter_config.json names": lambda tensors: tensors.update(
+        {"layers.2.key.A": tensors["layers.1.key.A"].copy()}
+    ),
+    # By 0.01: little, and far above rounding.
+    "layers.1.key.A and key.B are no inverse pair": put("layers.1.key.A", lambda x: 1.01 * x),
 }
 
 
@@ -224,6 +301,12 @@ def test_a_changed_file_is_refused(folder):
         Adapter.load(folder)
 
 
+def test_tensors_that_no_checksum_binds_are_refused(folder):
+    change_config(folder, weights_sha256=...)
+    with pytest.raises(ValueError, match=r"weights_sha256.*copy or make the adapter again"):
+        Adapter.load(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -244,6 +327,31 @@ def test_a_model_that_differs_is_refused_by_property(change):
         adapter.check_model(FINGERPRINT.model_copy(update=change))
 
 
+@pytest.mark.parametrize("layers", [(0, 1), (0,), (1,), ()])
+def test_a_mean_of_keys_in_any_layer_does_not_suit_a_soft_cap(layers):
+    adapter = random_adapter()
+    for layer in {0, 1} - set(layers):
+        adapter.bases[layer].key_mean[:] = 0
+    if not layers:
+        adapter.check_soft_cap()
+        return
+    with pytest.raises(ValueError, match="keys less their mean, and some/model has a soft-cap"):
+        adapter.check_soft_cap()
+
+
+def test_ranks_without_whole_groups_are_refused():
+    adapter = random_adapter()
+    adapter.check_shards(1)
+    adapter.check_shards(2)
+    for num_shards, reason in (
+        (0, "0 tensor-parallel ranks hold no cache; use 1 at least"),
+        (3, "2 latent groups per layer do not divide into 3"),
+        (4, "groups of 2 KV heads do not fit the 1 KV heads of .* --group-heads 1"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            adapter.check_shards(num_shards)
+
+
 def test_the_fingerprint_of_a_saved_model_equals_itself_as_json(tiny_model, architecture):
     from transformers import AutoConfig
 
@@ -251,6 +359,18 @@ def test_the_fingerprint_of_a_saved_model_equals_itself_as_json(tiny_model, arch
     assert ModelFingerprint.model_validate_json(fingerprint.model_dump_json()) == fingerprint
     assert (fingerprint.num_hidden_layers, fingerprint.num_key_value_heads, fingerprint.head_size) == (3, 4, 32)
     assert fingerprint.rope["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("partial", [None, 0.5])
+def test_rotary_parameters_that_are_attributes_are_those_that_vllm_gathers(partial):
+    from transformers import PretrainedConfig
+
+    config = PretrainedConfig(num_attention_heads=4, num_hidden_layers=2, hidden_size=64)
+    config.rope_theta, config.partial_rotary_factor = 5e5, partial
+    ours = ModelFingerprint.of(config)
+    assert ours.rope["rope_theta"] == 5e5 and ours.rope.get("partial_rotary_factor") == partial
+    config.standardize_rope_params()
+    assert config.rope_parameters and ModelFingerprint.of(config) == ours
 
 
 def test_locate_finds_folders_and_names_what_is_missing(folder, tmp_path):
@@ -265,6 +385,48 @@ def test_locate_finds_folders_and_names_what_is_missing(folder, tmp_path):
         locate(str(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match="give a folder or a Hub repository"):
         locate("", None)
+
+
+def test_what_a_killed_write_put_aside_is_named(folder):
+    aside = folder.rename(folder.with_name(".adapter.1a2b.old"))
+    mend = f"put one aside: move {aside} to {folder}"
+    for find in (Adapter.load, lambda place: locate(str(place), None)):
+        with pytest.raises(ValueError, match=mend):
+            find(folder)
+    own = aside.rename(folder.with_name(".mkv.1a2b.old"))
+    with pytest.raises(ValueError, match=f"put one aside: move {own}"):
+        locate(None, str(folder.parent))
+
+
+@pytest.fixture
+def hub(folder, monkeypatch):
+    """Downloads of the Hub: what was asked for, and a snapshot with the adapter, and with a model's own in `mkv`."""
+    asked = []
+
+    def download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    random_adapter().save(folder / "mkv", "")
+    return asked
+
+
+def test_a_repository_is_downloaded_at_its_own_revision(folder, hub):
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    assert locate("some/adapter", "some/model", "v2", "v7") == folder
+    assert locate(None, "some/model", None, "v7") == folder / "mkv"
+    assert hub == [("some/adapter", "v2", files), ("some/model", "v7", [f"mkv/{name}" for name in files])]
+
+
+def test_a_revision_of_no_repository_is_refused(folder, hub):
+    with pytest.raises(ValueError, match=f"revision is of a Hub repository, and {folder} is a folder; leave it out"):
+        locate(str(folder), None, "v2")
+    for model in (str(folder), "some/model"):
+        with pytest.raises(ValueError, match=f"the adapter is the folder mkv of {model}; leave it out"):
+            locate(None, model, "v2")
+    assert locate(None, str(folder), None, "v7") == folder / "mkv"
+    assert not hub
 
 
 def test_the_default_budget_is_the_adapters():

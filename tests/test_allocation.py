@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mkv_kernels.layout import side_bytes
+from mkv_kernels.layout import KEY, VALUE, side_bytes
 from vllm_mkv.allocation import AllocationPath, CacheShape, check_width_ladder, split_groups
 
 SHAPE = CacheShape(num_layers=3, num_groups=4, group_width=64)
@@ -25,19 +25,43 @@ def test_a_uniform_path_is_valid(shape, widths):
     assert path.widths == tuple(w for w in widths if w == 16 or w in path.steps[:, 4])
 
 
+def test_a_uniform_round_goes_by_layers_and_takes_values_before_keys():
+    path = AllocationPath.uniform(CacheShape(2, 2, 32))
+    assert path.steps.tolist() == [
+        [layer, group, side, 1, 0] for layer in (0, 1) for side in (VALUE, KEY) for group in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
 def test_replay_is_never_above_the_budget(uneven_path, itemsize, block_size, num_shards):
+    engine = {"block_size": block_size, "itemsize": itemsize, "num_shards": num_shards}
     for path in (AllocationPath.uniform(SHAPE), uneven_path(SHAPE), AllocationPath.uniform(SHAPE, (16, 8, 4, 0))):
-        for budget in (*BUDGETS[2:], 0.3 + 1e-9):
-            try:
-                allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
-            except ValueError:
-                assert budget < 0.5, "shards that pad to the largest may not reach small budgets"
-                continue
-            reached = allocation.budget(block_size=block_size, itemsize=itemsize, num_shards=num_shards)
-            assert reached <= budget
+        least = path.smallest().budget(**engine)
+        for budget in (least, *BUDGETS, 0.3 + 1e-9):
+            assert path.replay(budget, **engine).budget(**engine) <= budget
+        with pytest.raises(ValueError, match="use at least") as refusal:
+            path.replay(0.99 * least, **engine)
+        assert 0 <= float(str(refusal.value).split()[-1]) - least < 1e-4
+
+
+def test_alignment_counts_in_pages_of_few_tokens():
+    path = AllocationPath.uniform(SHAPE, (16, 8, 4, 2, 0))
+    for budget in (0.3, 0.4, 0.6, 0.9):
+        found = path.replay(budget, block_size=1)
+        assert found.budget(block_size=1) <= budget
+        # What fits in pages of many tokens does not in those of one: the path is gone down farther.
+        assert path.replay(budget).budget(block_size=1) > budget
+        assert found.budget() < path.replay(budget).budget()
+
+
+def test_ranks_that_share_a_group_repeat_the_cache_and_what_it_is_compared_with():
+    path = AllocationPath.uniform(SHAPE)
+    whole = path.replay(1.0, num_shards=8)
+    assert (whole.ranks == 64).all()
+    assert whole.budget(num_shards=8) == whole.budget() == 1.0
+    assert path.replay(0.5, num_shards=8) == path.replay(0.5)
 
 
 def test_replay_stops_at_the_first_allocation_that_fits(uneven_path):

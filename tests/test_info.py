@@ -2,14 +2,17 @@
 """What `vllm-mkv info` shows of an allocation: bits by layer, latent group and side, as a table and as a heatmap."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from mkv_kernels.layout import WIDTHS
+from vllm_mkv.adapter import Adapter
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
 from vllm_mkv.cli import main
+from vllm_mkv.evaluation.report import nested_lines
 from vllm_mkv.evaluation.widths import draw_widths, widths_table
 
 
@@ -112,3 +115,29 @@ def test_info_of_an_adapter_with_tiers(tiny_model, make_adapter, tmp_path, capsy
     assert out.count("0-3: 8b:16 4b:16") == 6
     assert out.count("6.00") == 8
     assert plot.stat().st_size > 1000
+
+
+def test_what_an_adapter_says_is_no_markup(tiny_model, make_adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    adapter = Adapter.load(make_adapter(tiny_model("llama"), 1))
+    row = {"name": "[/x]", "budget": 1.0, "bytes_per_token": 1, "perplexity": 1.0, "kl": 0.0, "top1": 1.0}
+    made = {"text": ["a/[/b]/t.txt", "more"], "tokens": 5, "search": {"by": "hand", "widths": [16, 0], "tried": {}}}
+    changes = {"made": made, "base_model_name_or_path": "[bold]m[/]", "quality": [row]}
+    folder = tmp_path / "[/f]"
+    replace(adapter, config=adapter.config.model_copy(update=changes)).save(folder, "")
+    assert main(["info", str(folder), "--plot", str(tmp_path / "[/p].png")]) == 0
+    out = capsys.readouterr().out
+    for expected in ("[bold]m[/]", str(folder), "[/x]", "drew " + str(tmp_path / "[/p].png")):
+        assert expected in out
+    lines = [line.split("made", 1)[-1].strip() for line in out.splitlines()]
+    expected = ["text a/[/b]/t.txt, more", "tokens 5", "search", "by hand", "widths 16, 0", "tried"]
+    start = lines.index(expected[0])
+    assert lines[start : start + len(expected)] == expected
+    assert nested_lines({"a": {"b": {"c": 1}}}) == ["a", "  b", "    c 1"]
+
+
+@pytest.mark.parametrize("plot", ["widths.foo", "nowhere/widths.png"])
+def test_a_plot_that_cannot_be_is_refused_before_anything_is_printed(tiny_model, make_adapter, tmp_path, capsys, plot):
+    assert main(["info", str(make_adapter(tiny_model("llama"), 1)), "--plot", str(tmp_path / plot)]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("vllm-mkv: error: ")

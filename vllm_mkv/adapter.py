@@ -15,29 +15,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, with_config
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from typing_extensions import TypedDict
 
 from mkv_kernels.layout import BLOCK
-from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget
+from vllm_mkv.allocation import AllocationPath, CacheShape, check_budget, split_groups
 from vllm_mkv.fingerprint import ModelFingerprint
+from vllm_mkv.folder import check_replaceable, put_aside, replaced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 MATRICES = (("key", "A"), ("key", "B"), ("value", "C"), ("value", "D"))
+AGAIN = "copy or make the adapter again"
 INVERSE_TOLERANCE = 1e-3
 """Largest entry of `A B^T - I` and `C D - I` that float32 rounding of a well-conditioned pair explains."""
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class QualityRow(TypedDict):
+    """What was measured of a cache: "mkv" where it has no name, "stock" for the model's own."""
+
+    name: NotRequired[str]
+    budget: FiniteFloat
+    bytes_per_token: int
+    perplexity: FiniteFloat
+    kl: FiniteFloat
+    top1: FiniteFloat
 
 
 class AdapterConfig(BaseModel):
@@ -56,8 +70,9 @@ class AdapterConfig(BaseModel):
     layers: list[int]
     default_budget: float = Field(gt=0, le=1)
     made: dict[str, Any] = {}
-    quality: list[dict[str, Any]] = []
-    weights_sha256: str = ""
+    quality: list[QualityRow] = []
+    weights_sha256: str = Field(default="", pattern="^[0-9a-f]{64}$")
+    """Empty until the adapter is saved; never in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +137,21 @@ class Adapter:
                 "vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
             )
 
+    def check_shards(self, num_shards: int) -> None:
+        """Raises ValueError unless each of so many tensor-parallel ranks has whole latent groups."""
+        split_groups(range(self.shape.num_groups), num_shards)
+        # vLLM gives every rank one KV head at least, and repeats heads where ranks outnumber them.
+        per_shard, group_heads = max(1, self.config.model.num_key_value_heads // num_shards), self.config.group_heads
+        if per_shard % group_heads:
+            raise ValueError(
+                f"the adapter's latent groups of {group_heads} KV heads do not fit the {per_shard} KV heads of a "
+                f"tensor-parallel rank; use a smaller --tensor-parallel-size than {num_shards}, or make an adapter "
+                "with fewer heads per group (vllm-mkv calibrate MODEL --text FILE --output ADAPTER --group-heads "
+                f"{per_shard})"
+            )
+
     def save(self, folder: str | Path, card: str) -> None:
-        """Writes the whole folder at once: it is complete or absent, never half written."""
+        """Writes the whole folder at once: it is complete or as it was. Files of others in it stay."""
         folder = check_output(folder)
         tensors = {"allocation.path": np.ascontiguousarray(self.path.steps, dtype=np.int32)}
         for layer, bases in zip(self.config.layers, self.bases, strict=True):
@@ -131,36 +159,32 @@ class Adapter:
                 tensors[f"layers.{layer}.{side}.{name}"] = np.ascontiguousarray(getattr(bases, name), np.float32)
             tensors[f"layers.{layer}.key.mean"] = np.ascontiguousarray(bases.key_mean, np.float32)
             tensors[f"layers.{layer}.value.mean"] = np.ascontiguousarray(bases.value_mean, np.float32)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        aside = staging.with_name(f"{staging.name}.old")
-        try:
+        with replaced(folder, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)) as staging:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "np"})
+            (staging / WEIGHTS_FILE).chmod(0o644)
             config = self.config.model_copy(update={"weights_sha256": _sha256(staging / WEIGHTS_FILE)})
             (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
             (staging / CARD_FILE).write_text(card, "utf-8")
-            staging.chmod(0o755)
-            (staging / WEIGHTS_FILE).chmod(0o644)
-            if folder.exists():
-                # Aside first: to be killed while an old folder is being removed must not leave half of it.
-                os.replace(folder, aside)
-            os.replace(staging, folder)
-        except BaseException:
-            if aside.exists() and not folder.exists():
-                os.replace(aside, folder)
-            raise
-        finally:
-            for leftover in (staging, aside):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_output(folder: str | Path) -> Path:
-    """The folder to write an adapter to. Raises ValueError where it is a file or holds something else."""
-    folder = Path(folder)
+    """The folder to write an adapter to, its links resolved.
+
+    Raises:
+        ValueError: it is a file, holds files and no adapter of vllm-mkv, or cannot be written; names the mend.
+    """
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder that is new, empty, or an adapter")
-    if folder.exists() and not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files; name a folder that is new, empty, or an adapter")
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            _read_json(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds other files than an adapter of vllm-mkv; name a folder that is new, empty, or an "
+                "adapter"
+            ) from error
+    check_replaceable(folder)
     return folder
 
 
@@ -169,70 +193,93 @@ def digest(folder: str | Path) -> str:
     return _sha256(Path(folder) / CONFIG_FILE)[:16]
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Reads `adapter_config.json`. Raises ValueError naming file, key and mend."""
+def _read_json(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says. Raises ValueError where there is none, or it is of something else."""
     file = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        what = f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise ValueError(f"{folder} is not a folder, and {what}; {_how_to_get(folder)}")
     if not file.exists():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; {HOW_TO_MAKE_ONE}")
     try:
         raw = json.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); copy or make the adapter again") from error
+        raise ValueError(f"{file} cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(raw, dict) or raw.get("peft_type") != "MATRYOSHKA_KV":
         found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f'{file}: peft_type is {found!r}, not "MATRYOSHKA_KV", so it is no adapter of vllm-mkv')
+    return raw
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Reads `adapter_config.json`. Raises ValueError naming file, key and mend."""
+    file, raw = folder / CONFIG_FILE, _read_json(folder)
     version = raw.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ValueError(
             f"{file}: format_version is {version!r} and this vllm-mkv reads versions up to {FORMAT_VERSION}; "
-            "upgrade vllm-mkv (`pip install -U vllm-mkv`)"
+            + ("a newer vllm-mkv wrote it: git pull and pip install . in a clone of vllm-mkv" if newer else AGAIN)
         )
     try:
-        return AdapterConfig.model_validate(raw)
+        config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{file}: key {key}: {first['msg']}; make the adapter again with vllm-mkv") from error
+    contradiction = _contradiction(config)
+    if contradiction:
+        raise ValueError(f"{file}: {contradiction}; {AGAIN}")
+    return config
+
+
+def _contradiction(config: AdapterConfig) -> str | None:
+    """What of a configuration, each key of which may be right, cannot be."""
+    model, group_heads, layers = config.model, config.group_heads, config.layers
+    heads, width = model.num_key_value_heads, group_heads * model.head_size
+    if not layers or not all(a < b for a, b in pairwise([-1, *layers, model.num_hidden_layers])):
+        return f"layers {layers} are not the model's layers 0 to {model.num_hidden_layers - 1}, in order and each once"
+    if model.num_attention_heads % heads:
+        return f"{heads} KV heads do not divide the model's {model.num_attention_heads} query heads"
+    if heads % group_heads:
+        return f"group_heads {group_heads} does not divide the model's {heads} KV heads"
+    if width % BLOCK:
+        return (
+            f"group_heads {group_heads} and head_size {model.head_size} give latent groups of {width} coordinates, "
+            f"no multiple of {BLOCK}"
+        )
+    return None
 
 
 HOW_TO_MAKE_ONE = "make one with: vllm-mkv calibrate MODEL --text FILE --output ADAPTER"
 
 
+def _how_to_get(folder: Path) -> str:
+    """An adapter that is not in `folder`."""
+    aside = put_aside(folder)
+    return f"a write that was cut off put one aside: move {aside} to {folder}" if aside else HOW_TO_MAKE_ONE
+
+
 def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, ...], AllocationPath]:
-    again = "copy or make the adapter again"
     try:
         tensors = load_file(file)
         checksum = _sha256(file)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); {again}") from error
-    if config.weights_sha256 and checksum != config.weights_sha256:
-        raise ValueError(f"{file} is not the file that {CONFIG_FILE} was written with (weights_sha256); {again}")
-    model = config.model
-    if model.num_key_value_heads % config.group_heads:
-        raise ValueError(
-            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} does not divide the model's "
-            f"{model.num_key_value_heads} KV heads; {again}"
-        )
-    width = config.group_heads * model.head_size
-    if width % BLOCK:
-        raise ValueError(
-            f"{file.parent / CONFIG_FILE}: group_heads {config.group_heads} and head_size {model.head_size} give "
-            f"latent groups of {width} coordinates, no multiple of {BLOCK}; {again}"
-        )
-    groups = model.num_key_value_heads // config.group_heads
+        raise ValueError(f"{file} cannot be read ({error}); {AGAIN}") from error
+    if checksum != config.weights_sha256:
+        raise ValueError(f"{file} is not the file that {CONFIG_FILE} was written with (weights_sha256); {AGAIN}")
+    width, groups = config.group_heads * config.model.head_size, config.model.num_key_value_heads // config.group_heads
 
     def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
-            raise ValueError(f"{file}: tensor {name} is missing; {again}")
-        tensor = tensors[name]
+            raise ValueError(f"{file}: tensor {name} is missing; {AGAIN}")
+        tensor = tensors.pop(name)
         if tensor.shape != shape or tensor.dtype != np.float32:
             raise ValueError(
-                f"{file}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}; {again}"
+                f"{file}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}; {AGAIN}"
             )
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{file}: tensor {name} is not finite; {again}")
+            raise ValueError(f"{file}: tensor {name} is not finite; {AGAIN}")
         return tensor
 
     bases = []
@@ -242,15 +289,17 @@ def _read_tensors(file: Path, config: AdapterConfig) -> tuple[tuple[LayerBases, 
         for label, product in (("key.A and key.B", A @ B.swapaxes(-1, -2)), ("value.C and value.D", C @ D)):
             residual = float(np.abs(product - np.eye(width, dtype=np.float32)).max())
             if not residual <= INVERSE_TOLERANCE:
-                raise ValueError(f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {again}")
+                raise ValueError(f"{file}: layers.{layer}.{label} are no inverse pair (off by {residual:.2g}); {AGAIN}")
         bases.append(LayerBases(A, B, C, D, *means))
     if "allocation.path" not in tensors:
-        raise ValueError(f"{file}: tensor allocation.path is missing; {again}")
-    path = AllocationPath(CacheShape(len(config.layers), groups, width), tensors["allocation.path"])
+        raise ValueError(f"{file}: tensor allocation.path is missing; {AGAIN}")
+    path = AllocationPath(CacheShape(len(config.layers), groups, width), tensors.pop("allocation.path"))
+    if tensors:
+        raise ValueError(f"{file}: tensor {min(tensors)} is of nothing that {CONFIG_FILE} names; {AGAIN}")
     try:
         path.validate()
     except ValueError as error:
-        raise ValueError(f"{file}: tensor allocation.path: {error}; {again}") from error
+        raise ValueError(f"{file}: tensor allocation.path: {error}; {AGAIN}") from error
     return tuple(bases), path
 
 
@@ -265,7 +314,7 @@ def locate(
         revision, model_revision: of the Hub repositories.
 
     Raises:
-        ValueError: nothing there; names the command that makes an adapter.
+        ValueError: nothing there; names the command that makes an adapter. A revision of what is no repository.
     """
     if adapter is not None:
         if not isinstance(adapter, str) or not adapter:
@@ -273,9 +322,15 @@ def locate(
         if Path(adapter).exists() or adapter.startswith((".", "/", "~")):
             folder = Path(adapter).expanduser()
             if not folder.exists():
-                raise ValueError(f"there is no adapter at {folder}; {HOW_TO_MAKE_ONE}")
+                raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
+            if revision is not None:
+                raise ValueError(f"revision is of a Hub repository, and {folder} is a folder; leave it out")
             return folder
         return _download(adapter, revision, "")
+    if revision is not None:
+        raise ValueError(
+            f"revision is of an adapter's Hub repository, and the adapter is the folder mkv of {model}; leave it out"
+        )
     if model and Path(model).is_dir():
         folder = Path(model) / "mkv"
     elif model:
@@ -283,6 +338,8 @@ def locate(
     else:
         folder = Path("mkv")
     if not folder.is_dir():
+        if put_aside(folder):
+            raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
         raise ValueError(
             f"no adapter was named and {model} has no folder mkv; make one with: vllm-mkv calibrate {model} "
             '--text FILE --output ADAPTER, and name it: --additional-config \'{"mkv": {"adapter": "ADAPTER"}}\''

@@ -74,7 +74,8 @@ class Allocation:
     def budget(self, *, block_size: int = 16, itemsize: int = 2, num_shards: int = 1) -> float:
         """Bytes per token divided by the bytes per token of the model's own cache.
 
-        Where tensor-parallel ranks outnumber the latent groups, the model's own cache is replicated just as this one.
+        Where tensor-parallel ranks outnumber the latent groups, which serving takes of single KV heads alone, vLLM
+        repeats the model's own cache just as this one, once for every rank that shares a head.
         """
         replicas = max(1, num_shards // self.shape.num_groups)
         used = self.bytes_per_token(block_size=block_size, itemsize=itemsize, num_shards=num_shards)
@@ -85,8 +86,10 @@ def split_groups(groups: Sequence[T], num_shards: int) -> list[tuple[T, ...]]:
     """Groups of each tensor-parallel rank: consecutive ones, or a shared one where ranks outnumber them.
 
     Raises:
-        ValueError: the latent groups do not divide into the ranks.
+        ValueError: the latent groups do not divide into the ranks, or there are none.
     """
+    if num_shards < 1:
+        raise ValueError(f"{num_shards} tensor-parallel ranks hold no cache; use 1 at least")
     if len(groups) % num_shards == 0:
         size = len(groups) // num_shards
         return [tuple(groups[i : i + size]) for i in range(0, len(groups), size)]

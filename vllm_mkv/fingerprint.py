@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 
 class ModelFingerprint(BaseModel):
@@ -15,10 +15,10 @@ class ModelFingerprint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     architecture: str
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_size: PositiveInt
     rope: dict[str, Any]
 
     @classmethod
@@ -50,11 +50,11 @@ class ModelFingerprint(BaseModel):
 
 def _rope(text: Any) -> dict[str, Any]:
     """The rotary parameters as JSON would give them back, so that they compare equal after a round trip."""
-    rope = dict(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
-    for key in ("rope_theta", "partial_rotary_factor"):
-        value = getattr(text, key, None)
-        if value is not None and not any(isinstance(inner, dict) for inner in rope.values()):
-            rope.setdefault(key, value)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not rope and getattr(text, "rope_theta", None) is not None:
+        # Configurations that come with a repository may name them one by one. vLLM gathers them in this way.
+        partial = getattr(text, "partial_rotary_factor", None)
+        rope = {"rope_type": "default", "rope_theta": text.rope_theta, "partial_rotary_factor": partial}
     return json.loads(json.dumps(_plain(rope), sort_keys=True))
 
 

@@ -7,13 +7,14 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from vllm_mkv.adapter import Adapter, digest
 from vllm_mkv.allocation import CacheShape
 from vllm_mkv.cli import main
 from vllm_mkv.evaluation.engine import engine_budget
-from vllm_mkv.evaluation.evaluate import evaluate
+from vllm_mkv.evaluation.evaluate import evaluate, evaluation_table
 from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source
@@ -225,9 +226,16 @@ def test_mistakes_are_one_line_and_found_before_weights_are_loaded(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_models_name_is_no_markup(capsys):
+    row = dict.fromkeys(ROW[1:], 1) | {"name": "stock"}
+    Console().print(evaluation_table({"model": "a/model[b]", "tokens": 1, "context": 1, "rows": [row]}))
+    assert "model[b], 1 tokens" in capsys.readouterr().out
+
+
 def test_without_vllm_its_engine_is_refused(model, text_file, monkeypatch):
     monkeypatch.setattr("vllm_mkv.evaluation.engine.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"vLLM is not installed.*--engine transformers"):
+    reason = r"vLLM is not installed.*'\.\[cuda\]'.* in a clone of vllm-mkv.*--engine transformers"
+    with pytest.raises(ValueError, match=reason):
         evaluate(str(model), engine="vllm", **small(text_file))
 
 

@@ -294,7 +294,8 @@ def test_mistakes_are_said_before_an_engine_starts(
 def test_without_vllm(monkeypatch, capsys):
     monkeypatch.setattr("vllm_mkv.evaluation.bench.find_spec", lambda name: None)
     assert bench() == 1
-    assert "vLLM is not installed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "vLLM is not installed" in error and "pip install '.[cuda]' or '.[cpu]' in a clone of vllm-mkv" in error
 
 
 def test_random_adapters_are_adapters(tmp_path):
@@ -317,11 +318,12 @@ def test_tables_and_plots_leave_out_what_was_not_measured(tmp_path):
     stock, _ = latency_row({"name": "stock", **named}, 1, {n: [(n, 1e-3 * n)] for n in (512, 1024)}, None)
     refused = refused_row({"name": "fp8", **named}, "[no]")
     assert refused.keys() == stock.keys()
-    found = {"model": "m", "dtype": "bfloat16", "batch": 1, "contexts": [512, 1024], "hardware": "an abacus"}
+    found = {"model": "m[b]", "dtype": "bfloat16", "batch": 1, "contexts": [512, 1024], "hardware": "an abacus"}
     found["rows"] = [stock, refused]
     console = Console(file=io.StringIO(), width=120)
     print_latency(found, console)
     assert "fp8 was not measured, vLLM refuses it here: [no]" in console.file.getvalue()
+    assert "latency of m[b], bfloat16" in console.file.getvalue()
     assert "differ" not in console.file.getvalue()
     stock["contexts"][1]["most_ms"] *= 1.5
     print_latency(found, console)

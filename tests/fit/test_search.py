@@ -290,37 +290,33 @@ def test_another_model_is_refused(tiny_model, make_adapter, text_file, tmp_path,
     assert "this model differs" in capsys.readouterr().err
 
 
-def test_shards_that_do_not_divide_the_groups_are_refused(tiny_model, make_adapter, text_file, tmp_path, capsys):
+@pytest.mark.parametrize("shards, reason", [(0, "use 1 at least"), (3, "do not divide"), (8, "do not fit")])
+def test_shards_that_serving_refuses_are_refused(tiny_model, make_adapter, text_file, tmp_path, capsys, shards, reason):
     adapter = make_adapter(tiny_model("llama"), 2)
-    assert main(command(adapter, text_file, tmp_path / "out", "--shards", "3")) == 1
-    assert "do not divide" in capsys.readouterr().err
+    assert main(command(adapter, text_file, tmp_path / "out", "--shards", str(shards))) == 1
+    assert reason in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", ["before", "between"])
-def test_killed_while_writing_it_leaves_the_old_adapter_or_none(moment, tiny_model, make_adapter, text_file, tmp_path):
-    """Killed before the staged folder is put in place, and between putting the old one aside and that."""
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_writing_it_leaves_an_adapter(moment, tiny_model, make_adapter, text_file, tmp_path):
+    """The old one or the new one: killed before the two change places, and after that."""
     output = tmp_path / "out"
     Adapter.load(make_adapter(tiny_model("llama"), 2)).save(output, "old")
     code = (
         "import os, signal, sys\n"
-        "from vllm_mkv.cli import main\n"
-        "replace, calls = os.replace, []\n"
+        "from vllm_mkv import cli, folder\n"
+        "exchange = folder._exchange\n"
         "def killing(*names):\n"
-        "    calls.append(names)\n"
-        f"    if len(calls) == {1 if moment == 'before' else 2}:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    replace(*names)\n"
-        "os.replace = killing\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        f"    assert {moment == 'before'} or exchange(*names)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "folder._exchange = killing\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     arguments = command(output, text_file, output, "--tokens", "256", "--eval-windows", "0")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    if moment == "before":
-        assert Adapter.load(output).path.widths == (16, 0)
-    else:
-        assert not output.exists()
+    assert Adapter.load(output).path.widths == ((16, 0) if moment == "before" else (16, 8, 4, 2, 0))
 
 
 def test_interrupted_it_writes_nothing(tiny_model, make_adapter, text_file, tmp_path, monkeypatch, capsys):

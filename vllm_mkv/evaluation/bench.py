@@ -151,7 +151,9 @@ def _check(
     if plot is not None:
         check_drawing(plot)
     if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed, and is what is timed; install vllm-mkv[cuda] or vllm-mkv[cpu]")
+        raise ValueError(
+            "vLLM is not installed, and is what is timed; pip install '.[cuda]' or '.[cpu]' in a clone of vllm-mkv"
+        )
 
 
 def with_adapter(

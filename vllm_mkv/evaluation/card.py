@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vllm_mkv.adapter import AdapterConfig
+from vllm_mkv.adapter import AdapterConfig, QualityRow
 
 TEMPLATE = """\
 ---
@@ -65,7 +65,7 @@ def model_card(config: AdapterConfig) -> str:
     )
 
 
-def quality_table(rows: list[dict[str, Any]]) -> str:
+def quality_table(rows: Sequence[QualityRow]) -> str:
     """A Markdown table of `AdapterConfig.quality`."""
     if not rows:
         return "\nNot measured.\n"

@@ -40,8 +40,8 @@ def check_engine() -> None:
     """Raises ValueError where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ValueError(
-            "vLLM is not installed, and --engine vllm needs it; install vllm-mkv[cuda] or vllm-mkv[cpu], or measure "
-            "with --engine transformers"
+            "vLLM is not installed, and --engine vllm needs it; pip install '.[cuda]' or '.[cpu]' in a clone of "
+            "vllm-mkv, or measure with --engine transformers"
         )
 
 

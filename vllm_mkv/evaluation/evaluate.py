@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_mkv.evaluation.curve import draw_curve, title
@@ -124,7 +125,7 @@ def _check(engine: str, allocation: str, against: Sequence[str], num_windows: in
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """What `evaluate` returns, the full model first."""
     stock = evaluation["rows"][0]["bytes_per_token"]
-    table = Table(title=title(evaluation))
+    table = Table(title=escape(title(evaluation)))
     table.add_column("cache", no_wrap=True)
     for column in ("budget", "x smaller", "bytes per token", "perplexity", "KL", "same top token"):
         table.add_column(column, justify="right", no_wrap=column == "perplexity")

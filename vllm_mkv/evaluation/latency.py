@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_mkv.evaluation.output import check_drawing, write_drawing
@@ -118,7 +119,8 @@ def label(row: Mapping[str, Any]) -> str:
 def lines_table(found: Mapping[str, Any]) -> Table:
     """The lines of what `vllm_mkv.evaluation.bench.benchmark` returns."""
     table = Table(
-        title=f"inter-token latency of {title(found)}", caption="faster than stock; *: outside of the contexts measured"
+        title=f"inter-token latency of {escape(title(found))}",
+        caption="faster than stock; *: outside of the contexts measured",
     )
     table.add_column("cache", no_wrap=True)
     for column in ("bytes per token", "µs/1k tokens", "x stock", "intercept ms", "R²", "faster"):

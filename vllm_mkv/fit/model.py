@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mkv_kernels.layout import BLOCK
 from vllm_mkv.fingerprint import ModelFingerprint
@@ -18,6 +22,8 @@ MAX_QUERY_HEADS = 16
 MAX_WIDTH = 2048
 """Coordinates of a latent group that the Triton kernels take in any tier."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""As safetensors names them."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -56,8 +62,9 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its weights are stored in, as the configuration names it."""
-        return getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype or torch.bfloat16
+        """What its weights are stored in: as the configuration names it, or else as their file does."""
+        named = getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype
+        return named or stored_dtype(self.name, self.revision)
 
     @property
     def itemsize(self) -> int:
@@ -95,6 +102,27 @@ class Source:
                 f"{self.name} is no decoder that transformers knows as a language model"
             ) from error
         return model.eval()
+
+
+def stored_dtype(name: str, revision: str | None) -> torch.dtype:
+    """Of a model's first weights that are no integers, from the header of a safetensors file."""
+    try:
+        try:
+            index = Path(cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision))
+            file = min(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except OSError:  # a single file has no index
+            file = SAFE_WEIGHTS_NAME
+        with safe_open(cached_file(name, file, revision=revision), "pt") as weights:
+            found = [weights.get_slice(key).get_dtype() for key in sorted(weights.keys())]
+    except (OSError, SafetensorError):
+        found = []
+    for dtype in found:
+        if dtype in STORED_DTYPES:
+            return STORED_DTYPES[dtype]
+    raise ValueError(
+        f"the configuration of {name} names no dtype, and it has no safetensors file to read it from; add "
+        '"dtype": "bfloat16", or whatever its weights have, to its config.json'
+    )
 
 
 def choose_device(name: str) -> str:

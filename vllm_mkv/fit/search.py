@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mkv_kernels.layout import KEY, VALUE, WIDTHS, BlockWidths
 from vllm_mkv.adapter import Adapter, LayerBases, check_output
-from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder, split_groups
+from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder
 from vllm_mkv.evaluation.card import model_card
 from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
 from vllm_mkv.fit.attention import Handler
@@ -110,7 +110,7 @@ def search(
         NotImplementedError: the model's attention is of a kind that is not supported; names it.
     """
     check_width_ladder(widths)
-    split_groups(range(adapter.shape.num_groups), shards)
+    adapter.check_shards(shards)
     check_output(output)
     config = adapter.config
     source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)

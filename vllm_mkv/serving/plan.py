@@ -58,7 +58,7 @@ class ServingPlan:
         block_size = vllm_config.cache_config.block_size or DEFAULT_BLOCK_SIZE
         itemsize = model.dtype.itemsize
         num_shards = vllm_config.parallel_config.tensor_parallel_size
-        _check_groups(adapter, num_shards)
+        adapter.check_shards(num_shards)
         allocation = path.replay(budget, block_size=block_size, itemsize=itemsize, num_shards=num_shards)
         kernels = choose_kernels(options.kernels, model.dtype)
         is_default = options.budget is None
@@ -105,17 +105,4 @@ def _check_layers(adapter: Adapter, folder: Path, *, may_lack_some: bool) -> Non
         raise ValueError(
             f"{folder}/adapter_config.json: layers {layers} are not the model's layers 0 to {max(expected)}; "
             "make the adapter again"
-        )
-
-
-def _check_groups(adapter: Adapter, num_shards: int) -> None:
-    """Raises ValueError unless every tensor-parallel rank has whole latent groups."""
-    # vLLM gives every rank one KV head at least, and repeats heads where ranks outnumber them.
-    num_heads = adapter.config.model.num_key_value_heads
-    group_heads, per_shard = adapter.config.group_heads, max(1, num_heads // num_shards)
-    if per_shard % group_heads:
-        raise ValueError(
-            f"the adapter's latent groups of {group_heads} KV heads do not fit the {per_shard} KV heads of a "
-            f"tensor-parallel rank; use a smaller --tensor-parallel-size than {num_shards}, or make an adapter with "
-            f"fewer heads per group (vllm-mkv calibrate MODEL --text FILE --output ADAPTER --group-heads {per_shard})"
         )

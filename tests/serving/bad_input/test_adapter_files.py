@@ -123,10 +123,24 @@ def test_json_that_is_no_adapter(refused, adapter, content):
     refused(f"{adapter / CONFIG_FILE}: peft_type is", "no adapter of vllm-mkv", mkv={"adapter": str(adapter)})
 
 
-@pytest.mark.parametrize("version", [2, 99, 0, "1", None])
-def test_a_format_version_that_is_not_known(refused, adapter, version, change_config):
+@pytest.mark.parametrize("version", [2, 99])
+def test_a_format_version_to_come(refused, adapter, version, change_config):
     change_config(adapter, format_version=version)
-    refused(f"format_version is {version!r}", "upgrade vllm-mkv", mkv={"adapter": str(adapter)})
+    refused(f"format_version is {version!r}", "in a clone of vllm-mkv", mkv={"adapter": str(adapter)})
+
+
+@pytest.mark.parametrize("version", [0, "1", None])
+def test_a_format_version_that_never_was(refused, adapter, version, change_config):
+    change_config(adapter, format_version=version)
+    refused(f"format_version is {version!r}", AGAIN, mkv={"adapter": str(adapter)})
+
+
+def without_the_last_layer(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if name.startswith("layers.2.")]:
+        del tensors[name]
+    tensors["allocation.path"] = np.array(
+        [[0, group, side, 3, 0] for group in range(2) for side in range(2)], dtype=np.int32
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,10 +162,7 @@ def test_a_format_version_that_is_not_known(refused, adapter, version, change_co
 )
 def test_a_configuration_with_a_wrong_key(refused, adapter, changes, cause, change_config, change_tensors):
     if changes.get("layers") == [0, 1]:  # as an adapter of two layers would have it
-        last = [[2, group, side, 3, 0] for group in range(2) for side in range(2)]
-        change_tensors(
-            adapter, lambda tensors: tensors.update({"allocation.path": np.array(last, np.int32) - [[2, 0, 0, 0, 0]]})
-        )
+        change_tensors(adapter, without_the_last_layer)
     change_config(adapter, **changes)
     refused(cause, AGAIN, mkv={"adapter": str(adapter)})
 
@@ -202,6 +213,7 @@ def become(name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Callable[[
         (lambda tensors: tensors.pop("layers.1.key.B"), "tensor layers.1.key.B is missing"),
         (lambda tensors: tensors.pop("layers.2.value.mean"), "tensor layers.2.value.mean is missing"),
         (lambda tensors: tensors.pop("allocation.path"), "tensor allocation.path is missing"),
+        (lambda tensors: tensors.update(more=np.zeros(1)), "tensor more is of nothing that adapter_config.json names"),
         (become("layers.0.value.C", lambda t: t[:, :, :32]), "tensor layers.0.value.C is float32 [2, 64, 32], not"),
         (become("layers.0.key.mean", lambda t: t[0]), "tensor layers.0.key.mean is float32 [64], not"),
         (become("layers.0.key.A", lambda t: t.astype(np.float16)), "tensor layers.0.key.A is float16"),
