@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def install(arch: str, *, eager: bool) -> None:
+def install(arch: str) -> None:
     """From now on, launches do so."""
     sys.path[:0] = [str(ROOT / "kernels"), str(Path(__file__).parent)]
     from compile_only import CompileOnly
@@ -32,7 +32,7 @@ def install(arch: str, *, eager: bool) -> None:
         arguments = [bound[name] for name, kind in signature.items() if kind != "constexpr"]
         # Two more are scratch memory that our kernels ask none of.
         metadata = compiled.metadata
-        ready[id(compiled)][1].run(grid, [*arguments, 0, 0], metadata.num_warps, metadata.shared, eager=eager)
+        ready[id(compiled)][1].run(grid, [*arguments, 0, 0], metadata.num_warps, metadata.shared)
         return compiled
 
     JITFunction.run = run_ptx

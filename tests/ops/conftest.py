@@ -54,7 +54,7 @@ if ARCH:
     sys.path.insert(0, os.path.dirname(__file__))
     import compiled_for_gpu
 
-    compiled_for_gpu.install(ARCH, eager="MKV_EAGER_COPIES" in os.environ)
+    compiled_for_gpu.install(ARCH)
 elif DEVICE == "cpu":
     import_interpreted()
 

@@ -63,8 +63,7 @@ def instruction(opcode: str, operands: list[str]) -> Action:
     kinds = [TYPES[m] for m in modifiers if m in TYPES]
     if name in ("bra", "ret", "exit", "bar", "barrier"):
         target = {"bra": operands[0] if operands else "", "ret": "end", "exit": "end"}.get(name, "barrier")
-        # Lanes of a warp are always together.
-        return (lambda warp, mask: None) if "warp" in modifiers else lambda warp, mask: target
+        return wait_for_lanes if "warp" in modifiers else lambda warp, mask: target
     if name == "redux":
         source, reduce = getter(operands[1], kinds[-1]), {"min": np.min, "max": np.max, "add": np.sum}[modifiers[1]]
         return lambda warp, mask: warp.write(operands[0], np.full(LANES, reduce(source(warp)), kinds[-1]), mask)
@@ -139,6 +138,10 @@ def instruction(opcode: str, operands: list[str]) -> Action:
     else:
         raise NotImplementedError(opcode)
     return lambda warp, mask: warp.write(to, operate(*(source(warp) for source in sources)), mask)
+
+
+def wait_for_lanes(warp: Warp, mask: Values | None) -> None:
+    warp.own_barriers += 1
 
 
 def mma(modifiers: list[str], operands: list[str]) -> Action:

@@ -11,6 +11,9 @@ from ptx_operands import LANES, TYPES, Action, Values, address, getter, lanes, n
 if TYPE_CHECKING:
     from ptx import Warp
 
+ALL = np.full(8, -1)
+"""Lanes of a matrix's rows: what is in one comes from all lanes, and goes to all."""
+
 
 def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> Action:
     kind = next((TYPES[m] for m in reversed(modifiers) if m in TYPES), np.uint32)
@@ -42,10 +45,9 @@ def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
         if not len(which):
             data = np.zeros((0, whole), np.uint8)
         elif in_shared:
-            data = warp.shared.read(addresses, whole)
+            data = warp.shared.read(warp, which, addresses, whole)
         else:
-            array, places = warp.memory.find(addresses, whole)
-            data = array[places]
+            data = warp.memory.read(warp, addresses, whole)
         for i, register in enumerate(registers):
             values = np.zeros(LANES, kind)
             values[which] = np.ascontiguousarray(data[:, i * size : (i + 1) * size]).view(kind)[:, 0]
@@ -55,10 +57,9 @@ def memory_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
         which = lanes(mask)
         data = np.ascontiguousarray(np.concatenate([source(warp)[which, None] for source in sources], 1)).view(np.uint8)
         if in_shared:
-            warp.shared.write(where(warp)[which], data)
+            warp.shared.write(warp, which, where(warp)[which], data)
         else:
-            array, places = warp.memory.find(where(warp)[which], whole)
-            array[places] = data
+            warp.memory.write(warp, where(warp)[which], data)
 
     return load if name == "ld" else store
 
@@ -76,8 +77,8 @@ def copy_instruction(modifiers: list[str], operands: list[str]) -> Action:
 
         def wait(warp: Warp, mask: Values | None) -> None:
             done = max(0, len(warp.copies) - left)
-            for where, data in (copy for group in warp.copies[:done] for copy in group):
-                warp.shared.write(where, data)
+            for copy in (copy for group in warp.copies[:done] for copy in group):
+                warp.shared.end_copy(warp, *copy)
             warp.copies = warp.copies[done:]
 
         return wait
@@ -91,15 +92,11 @@ def copy_instruction(modifiers: list[str], operands: list[str]) -> Action:
         if given is not None and not np.isin(given(warp)[which], (0, size)).all():
             raise NotImplementedError("a copy that is filled up")
         if len(filled):
-            array, places = warp.memory.find(source(warp)[filled], size)
-            data[filled] = array[places]
+            data[filled] = warp.memory.read(warp, source(warp)[filled], size)
         addresses = to(warp)[which]
         if (addresses % size).any():
             raise IndexError(f"a copy of {size} bytes to where it is not aligned: {addresses}")
-        if warp.eager:
-            warp.shared.write(addresses, data[which])
-        else:
-            warp.open.append((addresses, data[which]))
+        warp.open.append(warp.shared.begin_copy(warp, which, addresses, data[which]))
 
     return copy
 
@@ -113,7 +110,7 @@ def matrix_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
     def load(warp: Warp, mask: Values | None) -> None:
         rows = where(warp)
         for i, register in enumerate(registers):
-            data = warp.shared.read(rows[8 * i : 8 * i + 8], 16).view(np.uint16)
+            data = warp.shared.read(warp, ALL, rows[8 * i : 8 * i + 8], 16).view(np.uint16)
             data = data.T if transposed else data
             warp.write(register, np.ascontiguousarray(data).reshape(LANES, 2).view(np.uint32)[:, 0], mask)
 
@@ -122,7 +119,7 @@ def matrix_instruction(name: str, modifiers: list[str], operands: list[str]) -> 
         for i, register in enumerate(registers):
             data = warp.read(register).view(np.uint16).reshape(8, 8)
             data = np.ascontiguousarray(data.T if transposed else data)
-            warp.shared.write(rows[8 * i : 8 * i + 8], data.view(np.uint8).reshape(8, 16))
+            warp.shared.write(warp, ALL, rows[8 * i : 8 * i + 8], data.view(np.uint8).reshape(8, 16))
 
     return load if is_load else store
 
@@ -136,9 +133,8 @@ def sum_in_place(modifiers: list[str], operands: list[str]) -> Action:
     def add(warp: Warp, mask: Values | None) -> None:
         found = np.zeros(LANES, np.uint32)
         for lane in lanes(mask):
-            array, places = warp.memory.find(where(warp)[[lane]], 4)
-            found[lane] = array[places].view(np.uint32)[0, 0]
-            array[places] = (found[[lane]] + value(warp)[[lane]]).view(np.uint8)[None]
+            found[[lane]] = warp.memory.add(where(warp)[[lane]], value(warp)[[lane]])
+        warp.order.is_known = True
         warp.write(operands[0], found, mask)
 
     return add

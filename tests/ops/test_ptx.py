@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ptx import Kernel
+from ptx_races import Race
 
 HERE = Path(__file__).parent
 HEAD = """
@@ -31,8 +32,8 @@ ADD = "\tld.shared.b32 %r3, [%r2];\n\tadd.s32 %r4, %r3, 1;\n\tst.global.b32 [%rd
 TAIL = "\tret;\n}\n"
 
 
-def run(body: str, tensor: torch.Tensor, **options: bool) -> torch.Tensor:
-    Kernel(HEAD + body + TAIL).run((1,), [tensor], 1, 512, **options)
+def run(body: str, tensor: torch.Tensor, *, programs: int = 1, warps: int = 1) -> torch.Tensor:
+    Kernel(HEAD + body + TAIL).run((programs,), [tensor], warps, 512 * warps)
     return tensor
 
 
@@ -44,9 +45,10 @@ def test_copies_arrive_when_they_are_waited_for():
     expected = numbers()
     expected[::4] += 1
     assert torch.equal(run(COPY + WAIT + ADD, numbers()), expected)
-    assert torch.equal(run(COPY + ADD, numbers(), eager=True), expected)
     with pytest.raises(ValueError, match="read before it is written"):
         run(COPY + ADD, numbers())
+    with pytest.raises(Race, match="reads what a copy is under way to"):
+        run(COPY + WAIT + COPY + ADD, numbers())
 
 
 @pytest.mark.parametrize(
@@ -65,14 +67,59 @@ def test_what_a_gpu_may_let_pass_fails(body, error, message):
         run(body, numbers())
 
 
-# Layers of one stretch of tokens or several, all tiers, windows; copies at once for a few. Prefill's products are
+OWN = "\tst.shared.b32 [%r2], %r1;\n"
+OTHERS = "\txor.b32 %r5, %r2, 512;\n\tld.shared.b32 %r6, [%r5];\n\tst.global.b32 [%rd3], %r6;\n"
+BARRIER = "\tbar.sync 0;\n"
+SECOND = "\tsetp.ge.u32 %p1, %r1, 32;\n"
+CHANGED = "\tmov.b32 %r3, 7;\n\t@%p1 st.shared.b32 [%r2], %r3;\n"
+
+
+def test_warps_wait_for_each_other():
+    expected = numbers(256)
+    expected[::4] = torch.arange(64) ^ 32
+    assert run(OWN + BARRIER + OTHERS, numbers(256), warps=2).equal(expected)
+    assert not run(OWN + BARRIER + OTHERS + SECOND + BARRIER + CHANGED, numbers(256), warps=2).equal(numbers(256))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        # The second warp's bytes, after the first has read them; in the first's, while the second still reads.
+        (OTHERS + SECOND + CHANGED, "1 writes what another reads"),
+        (OTHERS + CHANGED.replace("@%p1 ", ""), "1 reads what another writes"),
+        (OTHERS + SECOND + "\t@%p1 " + COPY.lstrip(), "1 writes what another reads"),
+        (OTHERS + COPY, "1 reads what a copy is under way to"),
+        ("\tshr.u32 %r5, %r1, 5;\n\tst.shared.b32 [global_smem], %r5;\n", "1 writes what another writes"),
+        ("\tst.shared.b32 [global_smem], %r1;\n", "lanes write different bytes"),
+        (COPY + OWN, "0 writes what a copy is under way to"),
+        (COPY + COPY, "0 copies to what a copy is under way to"),
+    ],
+)
+def test_warps_that_do_not_wait_fail(body, message):
+    with pytest.raises(Race, match=message):
+        run(OWN + BARRIER + body, numbers(256), warps=2)
+
+
+def test_programs_do_not_wait_for_each_other():
+    write = "\tmov.b32 %r7, %ctaid.x;\n\tst.global.b32 [%rd1], %r7;\n"
+    assert run(write, numbers()).equal(numbers())
+    with pytest.raises(Race, match="1 writes what another writes"):
+        run(write, numbers(), programs=2)
+    with pytest.raises(Race, match="1 reads what another writes"):
+        run(
+            "\tld.global.b32 %r6, [%rd3];\n\tadd.s32 %r6, %r6, 1;\n\tst.global.b32 [%rd3], %r6;\n",
+            numbers(),
+            programs=2,
+        )
+
+
+# Layers of one stretch of tokens or several, all tiers, windows. Prefill's products are
 # Ampere's, since Hopper's are no instructions of one warp.
 @pytest.mark.parametrize(
     ("chosen", "variables"),
     [
         ("test_fused_integer.py::test_errs_no_more_than_its_twin", {}),
         ("test_fused_integer.py::test_windows_and_soft_caps", {}),
-        ("test_fused_integer.py::test_errs_no_more_than_its_twin[all-tiers]", {"MKV_EAGER_COPIES": "1"}),
         ("test_fused_integer.py::test_bfloat16[d128]", {}),
         ("test_fused_decode.py::test_decode_errs_no_more_than_its_twin", {}),
         ("test_fused_decode.py::test_long_contexts[80]", {}),

@@ -178,6 +178,8 @@ def combine(
         D=d,
         FOLDED=folded,
         num_warps=4,
+        # Several threads have the same sums and write them to one place: a fused product would round them differently.
+        enable_fp_fusion=False,
     )
     if folded:
         return
