@@ -8,11 +8,12 @@ counts once a file beside its own names them all with their sizes.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
+from accelerate import PartialState
 
 from vllm_mkv.evaluation.output import write_json
 
@@ -20,7 +21,7 @@ ARGUMENTS_FILE = "arguments.json"
 COMPLETE_FILE = "complete.json"
 KEPT = 2
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_folder(output: str | Path, checkpoints: str | Path | None) -> Path:
@@ -84,7 +85,7 @@ def choose_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> Path
     _check_arguments(folder, given)
     last = max(complete_checkpoints(folder), key=step_of, default=None)
     skipped = [checkpoint.name for checkpoint in found if last is None or step_of(checkpoint) > step_of(last)]
-    if skipped:
+    if skipped and PartialState().is_main_process:
         goes_on = "starting anew" if last is None else f"going on from {last.name}"
         logger.warning("%s: %s incomplete and skipped; %s", folder, ", ".join(skipped), goes_on)
     return last
