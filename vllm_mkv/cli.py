@@ -105,7 +105,7 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=0.0,
         metavar="W",
-        help="weight of the next token's (default: %(default)s)",
+        help="in the loss, KL / stopgrad(KL) + W * that of the next token (default: %(default)s)",
     )
     add(
         "--repeats",
@@ -119,7 +119,7 @@ def _add_train(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: %(default)s)")
     add("--checkpoints", metavar="DIR", help="of the trainer (default: ADAPTER.checkpoints)")
     add("--save-steps", type=int, default=100, metavar="N", help="between checkpoints (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--resume", action="store_true", help="go on from the last complete checkpoint")
     add("--report-to", default="none", metavar="NAME", help="tensorboard, wandb, .. (default: %(default)s)")
     add("--plot", metavar="FILE.png", help="draw the loss")
     add("--json", metavar="FILE.json", help="write the loss")

@@ -65,15 +65,23 @@ def train(args: argparse.Namespace) -> int:
     loaded = Adapter.load(locate(args.adapter, None))
     from accelerate import PartialState
 
+    from vllm_mkv.fit.checkpoints import checkpoint_folder, complete_checkpoints
     from vllm_mkv.fit.train import train as distil
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "adapter", "json")}
-    trained, log = distil(loaded, **given | {"budgets": tuple(args.budgets), "json_file": args.json})
+    folder = checkpoint_folder(args.output, args.checkpoints)
+    try:
+        trained, log = distil(loaded, **given | {"budgets": tuple(args.budgets), "json_file": args.json})
+    except KeyboardInterrupt:
+        if (complete := complete_checkpoints(folder)) and PartialState().is_main_process:
+            print(f"\nvllm-mkv: {complete[-1]} is complete; go on with --resume", file=sys.stderr)
+        raise
     if not PartialState().is_main_process:
         return 0
     print_quality(trained)
     print(f"KL divergence of steps: {log[0]['kl']:.4f} at first, {log[-1]['kl']:.4f} at last")
     print(f"wrote {args.output}; find the path that suits it: vllm-mkv search {args.output} --output {args.output} ..")
+    print(f"the checkpoints in {folder} are not needed any more")
     return 0
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import TrainingArguments
 
 from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import WIDTHS
@@ -28,6 +30,7 @@ from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.search import TRIED_BUDGETS, probe, search
 from vllm_mkv.fit.student import FORMS, Student, cayley, coordinate_widths, straight_through
 from vllm_mkv.fit.train import train
+from vllm_mkv.fit.trainer import DistillationTrainer
 from vllm_mkv.fit.truncation import truncated
 
 SETTINGS = {"context": 64, "batch_size": 2, "eval_windows": 0, "budgets": (0.07, 0.25), "repeats": 0.0}
@@ -111,18 +114,6 @@ def test_bases_are_what_the_student_attends_with(form, searched, model):
     assert (found - expected).abs().mean() < 5e-3 * expected.abs().mean()
 
 
-def test_every_side_draws_a_budget_of_its_own(searched, model):
-    task = Distillation(model, Student(searched), (0.07, 0.25), spread=0.3)
-    allowed = {tuple(widths) for widths in task.widths[:, 0, 0, 1].tolist()}
-    torch.manual_seed(0)
-    drawn = [task.draw() for _ in range(20)]
-    assert {tuple(widths[0, 0, 1].tolist()) for widths in drawn} <= allowed
-    assert len({widths.float().mean().item() for widths in drawn}) > 5
-    alike = Distillation(model, Student(searched), (0.07, 0.25))
-    levels = [(alike.widths == alike.draw()).flatten(1).all(1) for _ in range(5)]
-    assert all(level.any() for level in levels)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_training_brings_predictions_closer(form, tmp_path):
     """The bundled model: a random one has nothing to learn."""
@@ -199,20 +190,6 @@ def test_a_path_that_is_best_stays(searched, model, text_file, tmp_path, monkeyp
     assert found.path is trained.path
 
 
-def test_resumed_runs_end_in_the_same_bytes(searched, text_file, tmp_path):
-    settings = SETTINGS | {"steps": 6, "save_steps": 3, "learning_rate": 1e-2, "spread": 0.2}
-    whole, _ = train(searched, [str(text_file)], output=tmp_path / "whole", **settings)
-    checkpoints = tmp_path / "whole.checkpoints"
-    shutil.rmtree(checkpoints / "checkpoint-6")
-    resumed, _ = train(
-        searched, [str(text_file)], output=tmp_path / "resumed", checkpoints=checkpoints, resume=True, **settings
-    )
-    for a, b in zip(whole.bases, resumed.bases, strict=True):
-        for name in ("A", "B", "C", "D"):
-            assert np.array_equal(getattr(a, name), getattr(b, name))
-    assert not np.array_equal(whole.bases[0].A, searched.bases[0].A)
-
-
 def test_processes_train_one_adapter_on_windows_and_widths_of_their_own(tiny_model, make_searched, text_file, tmp_path):
     adapter, output = make_searched(tiny_model("llama"), 2), tmp_path / "trained"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -221,33 +198,11 @@ def test_processes_train_one_adapter_on_windows_and_widths_of_their_own(tiny_mod
     done = subprocess.run([*command, "--budgets", "0.07", "0.25"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
+    sizes = json.loads((tmp_path / "trained.checkpoints" / "checkpoint-3" / "complete.json").read_text("utf-8"))
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < set(sizes)
     trained = Adapter.load(output)
     assert trained.config.made["train"]["tokens"] == 3 * 2 * 2 * 96
     assert not np.array_equal(trained.bases[0].A, Adapter.load(adapter).bases[0].A)
-
-
-def test_no_two_processes_draw_alike(searched, model, monkeypatch):
-    task = Distillation(model, Student(searched), (0.07, 0.25), spread=0.3)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    drawn, states = [], []
-    for rank in range(2):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        torch.manual_seed(0)
-        drawn.append(task.draw())
-        states.append(torch.get_rng_state())
-    assert not torch.equal(*drawn)
-    assert torch.equal(*states)
-
-
-def test_checkpoints_hold_what_is_trained_alone(searched, text_file, tmp_path):
-    train(searched, [str(text_file)], steps=2, output=tmp_path / "trained", **SETTINGS)
-    checkpoint = tmp_path / "trained.checkpoints" / "checkpoint-2"
-    size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    shape = searched.shape
-    turns = 2 * shape.num_layers * shape.num_groups * shape.group_width**2 * 4
-    # The turns, their averages, and two moments of the optimiser's.
-    assert 4 * turns < size < 4 * turns + 100_000
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_mend(searched, text_file, tmp_path, monkeypatch):
@@ -259,9 +214,90 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_mend(searched, te
         return outputs | {"loss": outputs["loss"] * float("nan")} if len(calls) == 3 else outputs
 
     monkeypatch.setattr(Distillation, "forward", failing)
-    with pytest.raises(ValueError, match=r"loss of step 3 is not finite.*--learning-rate"):
+    with pytest.raises(ValueError, match=r"loss of step 3 is not finite; remove .* --learning-rate"):
         train(searched, [str(text_file)], steps=5, output=tmp_path / "trained", **SETTINGS)
     assert not (tmp_path / "trained").exists()
+
+
+def test_what_is_written_is_the_mean_of_the_steps(searched, text_file, tmp_path, monkeypatch):
+    update, seen = Distillation.update_averages, []
+
+    def watched(self):
+        seen.append([x.detach().clone() for x in self.student.parameters()])
+        update(self)
+
+    monkeypatch.setattr(Distillation, "update_averages", watched)
+    train(searched, [str(text_file)], steps=3, output=tmp_path / "out", **SETTINGS | {"learning_rate": 1e-2})
+    written, student = Adapter.load(tmp_path / "out"), Student(searched, "free")
+    assert len(seen) == 3
+    for steps, close in ((seen, True), (seen[-1:], False)):
+        with torch.no_grad():
+            for x, *values in zip(student.parameters(), *steps, strict=True):
+                x.copy_(sum(values) / len(values))
+        for found, expected in zip(written.bases, student.bases(), strict=True):
+            assert np.allclose(found.A, expected.A, rtol=1e-4, atol=1e-5) == close
+
+
+def test_the_log_tells_of_its_own_steps_alone(searched, text_file, tmp_path, monkeypatch, capsys):
+    forward, seen = Distillation.forward, []
+
+    def watched(self, input_ids):
+        outputs = forward(self, input_ids)
+        seen.append(float(outputs["divergence"]))
+        return outputs
+
+    monkeypatch.setattr(Distillation, "forward", watched)
+    _, log = train(searched, [str(text_file)], steps=21, accumulate=2, output=tmp_path / "out", **SETTINGS)
+    assert [row["step"] for row in log] == list(range(2, 21, 2))
+    assert [row["kl"] for row in log] == pytest.approx(np.reshape(seen[:40], (10, 4)).mean(1), rel=1e-5)
+    # 2 steps of warm-up; a step is logged with the rate that it was taken with.
+    rates = [2.5e-4 * (1 + math.cos(math.pi * (row["step"] - 3) / 19)) for row in log[1:]]
+    assert [row["learning_rate"] for row in log] == pytest.approx([2.5e-4, *rates])
+    printed = capsys.readouterr().out
+    assert "'kl'" in printed
+    assert "loss'" not in printed
+
+
+def test_a_loss_that_says_more_than_kl_is_logged(searched, text_file, tmp_path, capsys):
+    train(searched, [str(text_file)], steps=1, cross_entropy=1.0, output=tmp_path / "out", **SETTINGS)
+    printed = capsys.readouterr().out
+    assert "{'loss': " in printed
+    assert "'train_loss': " in printed
+
+
+def test_gradients_are_clipped_to_a_norm_of_1(searched, text_file, tmp_path):
+    norms = []
+
+    def watch(optimizer, *_):
+        gradients = [x.grad.norm() for group in optimizer.param_groups for x in group["params"]]
+        norms.append(float(torch.stack(gradients).norm()))
+
+    handle = register_optimizer_step_pre_hook(watch)
+    try:
+        # So much cross-entropy that every step's is longer.
+        train(searched, [str(text_file)], steps=3, cross_entropy=1e4, output=tmp_path / "out", **SETTINGS)
+    finally:
+        handle.remove()
+    assert norms == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("repeats", [0.0, 0.5])
+def test_passages_stand_twice_in_what_is_trained_on(repeats, searched, text_file, tmp_path, monkeypatch):
+    settings, seen = SETTINGS | {"context": 96, "repeats": repeats}, []
+
+    class Stopped(DistillationTrainer):
+        def train(self, *args, **kwargs):
+            seen.append(np.array(self.train_dataset["input_ids"]))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_mkv.fit.train.DistillationTrainer", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(searched, [str(text_file)], steps=10, output=tmp_path / "out", **settings)
+    source = Source(searched.config.base_model_name_or_path)
+    windows, _ = draw_windows(source, [str(text_file)], 20 * 96, 0, 96, seed=0)
+    changed = (seen[0] != windows).any(1)
+    assert (4 < changed.sum() < 16) == bool(repeats)
+    assert np.array_equal(seen[0][changed, 1:33], seen[0][changed, 33:65])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +306,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_mend(searched, te
         ({"steps": 0}, "must be 1 at least"),
         ({"budgets": (0.5, 0.2)}, "the smaller one first"),
         ({"budgets": (0.001, 0.2)}, "smaller than the smallest that this adapter's allocation path reaches"),
+        ({"budgets": (0.1, math.nan)}, "no range"),
         ({"learning_rate": 0.0}, "learning rate must be above 0"),
+        ({"learning_rate": math.nan}, "learning rate must be above 0 and finite"),
+        ({"learning_rate": math.inf}, "learning rate must be above 0 and finite"),
+        ({"spread": math.nan}, "--spread nan is not a number that is 0 at least and finite"),
+        ({"spread": -0.1}, "--spread -0.1 is not"),
+        ({"cross_entropy": math.nan}, "--cross-entropy nan is not"),
+        ({"cross_entropy": math.inf}, "--cross-entropy inf is not"),
+        ({"repeats": math.nan}, r"give one in \[0, 1\]"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' is not the one that this process trains on, cpu"),
+        ({"device": "cpu:1"}, "device 'cpu:1' is not the one .* CUDA_VISIBLE_DEVICES"),
         ({"form": "loose"}, "not one of orthogonal, free"),
         ({"plot": "no/such/folder.png"}, "there is no folder"),
         ({"repeats": 1.5}, r"give one in \[0, 1\]"),
@@ -285,13 +332,11 @@ def test_bad_input_is_refused(wrong, message, searched, text_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_are_not_mixed_up(searched, text_file, tmp_path):
-    settings = SETTINGS | {"output": tmp_path / "out", "steps": 2}
-    train(searched, [str(text_file)], **settings)
-    with pytest.raises(ValueError, match=r"has checkpoints; go on from them with --resume"):
-        train(searched, [str(text_file)], **settings)
-    with pytest.raises(ValueError, match=r"of another run: learning_rate was 0.0005 and is 0.1"):
-        train(searched, [str(text_file)], **settings, learning_rate=0.1, resume=True)
+def test_several_gpus_in_one_process_are_refused(searched, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 GPUs are visible; start with torchrun --nproc-per-node 2, or set CUDA_VIS"):
+        train(searched, [str(text_file)], steps=1, output=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out.checkpoints").exists()
 
 
 def test_the_command(tiny_model, make_searched, text_file, tmp_path, capsys):
@@ -300,7 +345,9 @@ def test_the_command(tiny_model, make_searched, text_file, tmp_path, capsys):
     arguments = [str(make_searched(model, 2)), "--text", str(text_file), "--steps", "2", "--output", str(output)]
     options = ["--context", "96", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
     assert main(["train", *arguments, *options, "--json", str(figures), "--plot", str(plot)]) == 0
-    assert "KL divergence of steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "KL divergence of steps" in printed
+    assert printed.endswith(f"the checkpoints in {output}.checkpoints are not needed any more\n")
     assert [row["step"] for row in json.loads(figures.read_text())["log"]] == [1, 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert Adapter.load(output).config.made["train"]["steps"] == 2

@@ -41,7 +41,8 @@ class Distillation(nn.Module):
             budgets: least and most that a step's budget is drawn between, evenly in its logarithm.
             spread: standard deviation of every layer's, group's and side's own budget around the step's, as a share of
                 that range.
-            cross_entropy: weight of the next token's cross-entropy beside that of the divergence, which is 1.
+            cross_entropy: W in the loss, KL / stopgrad(KL) + W * the next token's cross-entropy: the first term is
+                1 at every step, and its gradient that of log KL.
 
         Raises:
             ValueError: the student's allocation path does not reach a budget.

@@ -7,16 +7,15 @@ which draws ranks and turns per-head bases from a PCA).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_mkv.adapter import Adapter, check_output
 from vllm_mkv.evaluation.card import model_card
@@ -24,9 +23,10 @@ from vllm_mkv.evaluation.losses import draw_losses
 from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
+from vllm_mkv.fit.checkpoints import checkpoint_folder, choose_checkpoint, write_arguments
 from vllm_mkv.fit.data import check_repeats, with_repeats
 from vllm_mkv.fit.distil import Distillation
-from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.model import Source, choose_device
 from vllm_mkv.fit.search import MEASURED_BUDGETS
 from vllm_mkv.fit.student import Student
 from vllm_mkv.fit.trainer import DistillationTrainer
@@ -34,7 +34,8 @@ from vllm_mkv.fit.trainer import DistillationTrainer
 DEFAULT_BUDGETS = (0.065, 0.25)
 DEFAULT_EVAL_WINDOWS = 16
 WARMUP_SHARE = 0.05
-ARGUMENTS_FILE = "arguments.json"
+TOLD = ("steps", "form", "budgets", "spread", "cross_entropy", "repeats", "learning_rate")
+"""Of its arguments, those that a trained adapter tells of."""
 
 
 def train(
@@ -84,13 +85,14 @@ def train(
         context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
         checkpoints: folder of the trainer's checkpoints; None for `output` with `.checkpoints` behind it.
         save_steps: between two checkpoints.
-        resume: go on from the last checkpoint there.
+        resume: go on from the last complete checkpoint there.
         report_to: transformers' name of a logger, such as tensorboard or wandb.
         eval_windows: windows, none of them trained on, to measure quality on; 0 for none.
         seed: of windows and widths.
         json_file, plot: files to write the log to, and a drawing of it.
         model: folder or Hub repository; None for the one that the adapter was made for.
-        dtype, device: see `vllm_mkv.fit.model.Source.load`; bases are float32 whatever the model is.
+        dtype, device: see `vllm_mkv.fit.model.Source.load`; bases are float32 whatever the model is. Of several GPUs,
+            CUDA_VISIBLE_DEVICES chooses.
         revision, trust_remote_code: of the model's Hub repository.
 
     Returns:
@@ -101,12 +103,6 @@ def train(
         ValueError: an argument or a text is wrong, or the loss is not finite; says which and what to do.
         NotImplementedError: the model's attention is of a kind that is not supported; names it.
     """
-    if min(steps, batch_size, accumulate, save_steps) < 1:
-        raise ValueError("steps, batch size, accumulation and save steps must be 1 at least")
-    if not 0 < budgets[0] < budgets[1] <= 1:
-        raise ValueError(f"budgets {budgets[0]:g} to {budgets[1]:g} are no range in (0, 1]; give the smaller one first")
-    if not learning_rate > 0 or spread < 0 or cross_entropy < 0:
-        raise ValueError("the learning rate must be above 0, spread and the weight of cross-entropy 0 at least")
     check_output(output)
     for file, check in ((json_file, check_file), (plot, check_drawing)):
         if file:
@@ -115,32 +111,12 @@ def train(
     config = adapter.config
     source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
     adapter.check_model(source.fingerprint)
-    folder = Path(checkpoints or f"{str(output).rstrip('/')}.checkpoints")
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(WARMUP_SHARE * steps),
-        adam_beta2=0.99,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=max(1, min(10, steps // 10)),
-        save_steps=save_steps,
-        save_total_limit=2,
-        report_to=report_to,
-        seed=seed,
-        use_cpu=device == "cpu",
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=False,
-    )
-    context = choose_context(source.config, context)
-    check_repeats(repeats, context)
+    folder = checkpoint_folder(output, checkpoints)
     given = {
         "adapter": config.weights_sha256,
+        "model": source.name,
+        "revision": source.revision,
+        "dtype": dtype,
         "text": [str(name) for name in text],
         "steps": steps,
         "form": form,
@@ -151,34 +127,20 @@ def train(
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "accumulate": accumulate,
-        "processes": arguments.world_size,
-        "context": context,
+        "context": choose_context(source.config, context),
         "seed": seed,
     }
-    last = _last_checkpoint(folder, given, resume)
-    tokens = steps * batch_size * accumulate * arguments.world_size * context
-    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
-    windows = with_repeats(windows, repeats, _plain_tokens(source), seed)
+    _check(given, save_steps)
+    arguments = _training_arguments(folder, given, save_steps, report_to, device)
+    given["processes"] = arguments.world_size
+    last = choose_checkpoint(folder, given, resume)
+    windows, held_out = _windows(source, given, eval_windows)
     network = source.load(dtype, str(arguments.device))
     task = Distillation(network, student, budgets, spread=spread, cross_entropy=cross_entropy)
-    trainer = DistillationTrainer(
-        model=task,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": windows}).with_format("torch"),
-    )
     if arguments.process_index == 0 and last is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ARGUMENTS_FILE, given)
-    trainer.train(resume_from_checkpoint=last)
-    log = [
-        {"step": row["step"], "kl": row["kl"], "learning_rate": row["learning_rate"]}
-        for row in trainer.state.log_history
-        if "kl" in row
-    ]
-    made = how_made("train", text, windows, seed, network) | {
-        name: given[name]
-        for name in ("steps", "form", "budgets", "spread", "cross_entropy", "repeats", "learning_rate")
-    }
+        write_arguments(folder, given)
+    log = _distil(task, arguments, windows, last)
+    made = how_made("train", text, windows, seed, network) | {name: given[name] for name in TOLD}
     config = config.model_copy(update={"basis": TRAINED, "made": {**config.made, "train": made}, "quality": []})
     trained = Adapter(config, task.averaged().bases(), adapter.path)
     if arguments.process_index:
@@ -193,29 +155,89 @@ def train(
     return trained, log
 
 
+def _check(given: dict[str, Any], save_steps: int) -> None:
+    """Raises ValueError naming the number that is out of its range."""
+    if min(given["steps"], given["batch_size"], given["accumulate"], save_steps) < 1:
+        raise ValueError("steps, batch size, accumulation and save steps must be 1 at least")
+    least, most = given["budgets"]
+    if not 0 < least < most <= 1:
+        raise ValueError(f"budgets {least:g} to {most:g} are no range in (0, 1]; give the smaller one first")
+    if not 0 < given["learning_rate"] < math.inf:
+        raise ValueError(f"a learning rate of {given['learning_rate']:g}; the learning rate must be above 0 and finite")
+    for name in ("spread", "cross_entropy"):
+        if not 0 <= given[name] < math.inf:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {given[name]:g} is not a number that is 0 at least and finite; give one")
+    check_repeats(given["repeats"], given["context"])
+
+
+def _training_arguments(
+    folder: Path, given: dict[str, Any], save_steps: int, report_to: str, device: str
+) -> TrainingArguments:
+    """Raises ValueError where transformers would train on another device, or on several in one process."""
+    asked = torch.device(choose_device(device))
+    steps = given["steps"]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=given["batch_size"],
+        gradient_accumulation_steps=given["accumulate"],
+        learning_rate=given["learning_rate"],
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(WARMUP_SHARE * steps),
+        adam_beta2=0.99,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=max(1, min(10, steps // 10)),
+        save_steps=save_steps,
+        report_to=report_to,
+        seed=given["seed"],
+        use_cpu=asked.type == "cpu",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=False,
+    )
+    used = arguments.device
+    if asked.type != used.type or asked.index not in (None, used.index or 0):
+        raise ValueError(
+            f"device {device!r} is not the one that this process trains on, {used}; leave --device out, and choose "
+            "GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible; start with torchrun --nproc-per-node {arguments.n_gpu}, or set "
+            "CUDA_VISIBLE_DEVICES to one"
+        )
+    return arguments
+
+
+def _windows(source: Source, given: dict[str, Any], eval_windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """To train on, some with passages that stand twice, and to measure on; int64 [windows, context]."""
+    context, seed = given["context"], given["seed"]
+    tokens = given["steps"] * given["batch_size"] * given["accumulate"] * given["processes"] * context
+    windows, held_out = draw_windows(source, given["text"], tokens, eval_windows, context, seed)
+    return with_repeats(windows, given["repeats"], _plain_tokens(source), seed), held_out
+
+
+def _distil(
+    task: Distillation, arguments: TrainingArguments, windows: np.ndarray, last: Path | None
+) -> list[dict[str, float]]:
+    """Trains, from a checkpoint on where there is one, and returns the log, with what came before it."""
+    trainer = DistillationTrainer(
+        model=task,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": windows}).with_format("torch"),
+    )
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return [
+        {"step": row["step"], "kl": row["kl"], "learning_rate": row["learning_rate"]}
+        for row in trainer.state.log_history
+        if "kl" in row
+    ]
+
+
 def _plain_tokens(source: Source) -> np.ndarray:
     """Token ids that stand for text."""
     tokenizer = source.tokenizer
     known = min(len(tokenizer), source.config.get_text_config(decoder=True).vocab_size)
     return np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
-
-
-def _last_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> str | None:
-    """Of a run with the same arguments; None for a new run.
-
-    Raises:
-        ValueError: there is none to go on from, or it is of other arguments, or one is there and nobody asked for it.
-    """
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not resume:
-        if last is not None:
-            raise ValueError(f"{folder} has checkpoints; go on from them with --resume, or remove the folder")
-        return None
-    if last is None:
-        raise ValueError(f"{folder} has no checkpoint to go on from; start without --resume")
-    before = json.loads((folder / ARGUMENTS_FILE).read_text("utf-8"))
-    changed = [name for name in given if given[name] != before.get(name)]
-    if changed:
-        what = ", ".join(f"{name} was {before.get(name)!r} and is {given[name]!r}" for name in changed)
-        raise ValueError(f"{folder} is of another run: {what}; give what was given then, or remove the folder")
-    return last
