@@ -157,7 +157,7 @@ def train(
     }
     last = _last_checkpoint(folder, given, resume)
     tokens = steps * batch_size * accumulate * arguments.world_size * context
-    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
+    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed, config.made)
     windows = with_repeats(windows, repeats, _plain_tokens(source), seed)
     network = source.load(dtype, str(arguments.device))
     task = Distillation(network, student, budgets, spread=spread, cross_entropy=cross_entropy)
@@ -175,7 +175,7 @@ def train(
         for row in trainer.state.log_history
         if "kl" in row
     ]
-    made = how_made("train", text, windows, seed, network) | {
+    made = how_made("train", text, windows, eval_windows, seed, network, config.made) | {
         name: given[name]
         for name in ("steps", "form", "budgets", "spread", "cross_entropy", "repeats", "learning_rate")
     }
