@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,22 @@ def calibrate(args: argparse.Namespace) -> int:
         **run_options(args),
     )
     print_quality(adapter)
-    print(f"wrote {args.output}; serve it with:")
+    # The same windows have to be held out.
+    same = [f"--{name} {value}" for name in ("context", "seed") if (value := getattr(args, name))]
+    found = ["--text", *map(shlex.quote, args.text), *same, "--output", shlex.quote(args.output)]
+    print(f"wrote {args.output}; next, find out who gets how many bits, without which small budgets cost far more:")
+    print(f"  vllm-mkv search {shlex.quote(args.output)} {' '.join(found)}")
+    print("or serve it as it is:")
     options = f'{{"mkv": {{"adapter": "{args.output}", "budget": {adapter.config.default_budget:g}}}}}'
-    print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'")
+    print(f"  vllm serve {args.model} --attention-backend mkv --additional-config '{options}'{cache_memory()}")
     return 0
+
+
+def cache_memory() -> str:
+    """An option of `vllm serve` without which vLLM takes almost all memory of a machine without a GPU."""
+    import torch
+
+    return "" if torch.cuda.is_available() else " --kv-cache-memory-bytes 268435456"
 
 
 def train(args: argparse.Namespace) -> int:
@@ -110,7 +123,7 @@ def search(args: argparse.Namespace) -> int:
         f"{found.passes - 2 * layers} others; {best}"
     )
     print_quality(searched)
-    print(f"wrote {args.output}: {len(searched.path.steps)} steps, one for each block of 16 coordinates and width")
+    print(f"wrote {args.output}: {len(searched.path.steps)} steps")
     return 0
 
 
@@ -168,15 +181,17 @@ def info(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     from vllm_mkv.adapter import Adapter, locate
 
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens} leaves nothing to compare on; use at least 1")
     folder: Path = locate(args.adapter, None)
     adapter = Adapter.load(folder)
+    from vllm_mkv.fit.calibrate import longest_context
     from vllm_mkv.fit.check import TOLERANCE, full_rank_exactness, inverse_error
     from vllm_mkv.fit.model import Source
 
     source = Source(args.model, args.revision, args.trust_remote_code)
     adapter.check_model(source.fingerprint)
+    longest = longest_context(source.config)
+    if args.tokens > longest:
+        raise ValueError(f"--tokens {args.tokens} is more than the model's longest context; use {longest} at most")
     print(f"fits: {args.model} has the attention that {folder} was made for")
     print(f"inverse: bases and their inverses are off by {inverse_error(adapter):.1e} at most")
     found = full_rank_exactness(source.load("float32", args.device), adapter, tokens=args.tokens)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration from end to end on tiny models: what is written, what is refused, what is measured."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +53,19 @@ def test_quality_is_measured_on_every_reachable_budget(made):
     card = (folder / CARD_FILE).read_text()
     assert "| stock | 1.000 | 3072 |" in card
     assert "`query`, 4 KV heads per latent group" in card
+    assert "Without a GPU, add `--kv-cache-memory-bytes 268435456`" in card
+
+
+def test_bytes_in_the_card_are_of_the_dtype_that_the_model_is_stored_in(tiny_model, text_file, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(tiny_model("llama"), half)
+    config = json.loads((half / "config.json").read_text("utf-8"))
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), "utf-8")
+    settings = {"tokens": 256, "context": 64, "eval_windows": 1}
+    for dtype in ("auto", "float32"):
+        adapter = calibrate(str(half), [str(text_file)], output=tmp_path / dtype, dtype=dtype, **settings)
+        stock, full, *_ = adapter.config.quality
+        assert stock["bytes_per_token"] == full["bytes_per_token"] == 2 * 3 * 4 * 32 * 2
 
 
 def test_measure_equals_the_definitions(made):
@@ -152,6 +167,7 @@ def test_group_heads_by_default_are_the_most_whose_query_heads_fit_16():
         ({"group_heads": 3}, "3 heads per group do not divide 4"),
         ({"tokens": 10}, "10 tokens are no window of 64"),
         ({"tokens": -5}, "-5 tokens are no window"),
+        ({"context": 0}, "a context of 0 tokens has nothing to predict"),
         ({"context": 4096}, "4096 tokens is more than the model's 2048"),
         ({"eval_windows": -1}, "-1 windows to measure on"),
         ({"dtype": "float8"}, "dtype 'float8' is not one of"),

@@ -160,7 +160,7 @@ def test_an_interruption_says_how_to_go_on_where_that_is_possible(
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
     arguments = [str(make_searched(tiny_model("llama"), 2)), "--text", str(text_file), "--steps", "4"]
-    options = ["--context", "64", "--batch-size", "1", "--repeats", "0", "--budgets", "0.07", "0.25"]
+    options = ["--context", "128", "--batch-size", "1", "--repeats", "0", "--budgets", "0.07", "0.25"]
     assert main(["train", *arguments, *options, "--save-steps", "2", "--output", str(tmp_path / "out")]) == 130
     printed = capsys.readouterr().err
     assert "vllm-mkv: interrupted\n" in printed

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from vllm_mkv import __version__
 from vllm_mkv.cli import main, parser
@@ -94,7 +95,12 @@ def test_calibrate_then_check(tiny_model, text_file, tmp_path, capsys, monkeypat
     assert main([*command, "--basis", "pca", "--group-heads", "2", "--eval-windows", "2"]) == 0
     out = capsys.readouterr().out
     assert "measured quality" in out
-    assert f"vllm serve {model} --attention-backend mkv" in out
+    lines = [line.strip() for line in out.splitlines()]
+    search = lines.index(f"vllm-mkv search {output} --text {text_file} --context 64 --output {output}")
+    options = f'{{"mkv": {{"adapter": "{output}", "budget": 0.5}}}}'
+    serve = f"vllm serve {model} --attention-backend mkv --additional-config '{options}'"
+    memory = "" if torch.cuda.is_available() else " --kv-cache-memory-bytes 268435456"
+    assert lines.index(serve + memory) > search
     assert main(["check", output, model, "--tokens", "20"]) == 0
     out = capsys.readouterr().out
     assert "fits: " in out
@@ -102,6 +108,25 @@ def test_calibrate_then_check(tiny_model, text_file, tmp_path, capsys, monkeypat
     other = str(tiny_model("mistral"))
     assert main(["check", output, other]) == 1
     assert "architecture is 'MistralForCausalLM', not 'LlamaForCausalLM'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_revision_and_trust_go_to_whatever_reads_the_model(tiny_model, text_file, tmp_path, monkeypatch, trust):
+    from vllm_mkv.fit import model as loading
+
+    asked = set()
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        kind = getattr(loading, name)
+
+        def read(path, *args, name=name, real=kind.from_pretrained, **settings):
+            asked.add((name, settings["revision"], settings["trust_remote_code"]))
+            return real(path, *args, **settings)
+
+        monkeypatch.setattr(kind, "from_pretrained", read)
+    command = f"calibrate {tiny_model('llama')} --text {text_file} --tokens 128 --context 64 --eval-windows 0"
+    options = ["--revision", "branch", *["--trust-remote-code"] * trust]
+    assert main([*command.split(), "--output", str(tmp_path / "adapter"), *options]) == 0
+    assert asked == {(name, "branch", trust) for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")}
 
 
 def test_check_fails_where_full_rank_is_not_exact(tiny_model, make_adapter, capsys, monkeypatch):
@@ -121,9 +146,12 @@ def test_check_fails_where_full_rank_is_not_exact(tiny_model, make_adapter, caps
         ("info ADAPTER --budget 0.1", "use at least 0.5"),
         ("info ADAPTER --plot TMP/no/folder.png", "there is no folder"),
         ("info ADAPTER --plot TMP/ranks.exe", "name a file that ends in .png"),
-        ("check ADAPTER TMP/nowhere", "nowhere"),
-        ("check ADAPTER MODEL --tokens 0", "leaves nothing to compare"),
-        ("calibrate TMP/nowhere --text TEXT --output TMP/out", "nowhere"),
+        ("check ADAPTER TMP/nowhere", "there is no model at TMP/nowhere"),
+        (
+            "check ADAPTER MODEL --tokens 4096",
+            "more than the model's longest context; use 2048 at most",
+        ),
+        ("calibrate TMP/nowhere --text TEXT --output TMP/out", "there is no model at TMP/nowhere"),
         ("calibrate MODEL --text TMP/none.txt --output TMP/out", "there is no file"),
         ("calibrate MODEL --text TEXT --output TEXT", "is a file; name a folder"),
         ("calibrate MODEL --text TEXT --tokens 100 --context 64 --group-heads 3 --output TMP/out", "do not divide"),
@@ -133,7 +161,7 @@ def test_mistakes_are_one_line_and_status_1(tiny_model, make_adapter, text_file,
     model = tiny_model("llama")
     names = {"TMP": tmp_path, "ADAPTER": make_adapter(model, 1), "MODEL": model, "TEXT": text_file}
     for name, path in names.items():
-        command = command.replace(name, str(path))
+        command, reason = command.replace(name, str(path)), reason.replace(name, str(path))
     assert main(command.split()) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-mkv: error: ")]
     assert len(errors) == 1

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows of tokens: exact, seeded, apart from each other, and errors that name the source."""
 
+import json
+
 import numpy as np
 import pytest
 
-from vllm_mkv.fit.data import batches, leading_tokens, split_windows, token_windows
+from vllm_mkv.fit.data import batches, leading_tokens, token_windows
 
 
 def windows(text, tokenizer, n=4, context=32, **options):
@@ -52,11 +54,23 @@ def test_a_folder_is_all_its_text_files(tmp_path, text_file, tiny_tokenizer):
 
 
 def test_a_local_dataset_is_read_by_its_text_column(tmp_path, text_file, tiny_tokenizer):
-    import json
-
     rows = [{"id": str(i), "text": text_file.read_text()[i * 100 : i * 100 + 90]} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert windows([tmp_path], tiny_tokenizer, 6).shape == (6, 32)
+
+
+def test_rows_of_a_dataset_are_shuffled_by_the_seed(tmp_path, tiny_tokenizer):
+    rows = [json.dumps({"text": f"{number:05d} " * 40}) for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    a, b, c = (windows([tmp_path], tiny_tokenizer, 5, 32, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_a_folder_without_text_is_not_said_to_be_missing(tmp_path, tiny_tokenizer):
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    with pytest.raises(ValueError, match=rf"^{tmp_path} holds no .txt files, and no dataset could be read from it"):
+        windows([tmp_path], tiny_tokenizer)
 
 
 def test_a_dataset_without_one_text_column_is_refused(tmp_path, tiny_tokenizer):
@@ -82,12 +96,22 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(text_file, tiny_tokenizer)
     assert (found[:, 1:] != 1).all()
 
 
-def test_held_out_windows_are_not_fitted_on(text_file, tiny_tokenizer):
-    found = windows([text_file], tiny_tokenizer, 10)
-    fit, held_out = split_windows(found, 3)
-    assert np.array_equal(np.concatenate([fit, held_out]), found)
-    assert (len(fit), len(held_out)) == (7, 3)
-    assert split_windows(found, 0)[1].shape == (0, 32)
+def test_fewer_windows_are_the_first_of_more(tmp_path, text_file, tiny_tokenizer):
+    short = tmp_path / "short.txt"
+    short.write_text("zzzzz " * 60)
+    few, many = (windows([short, text_file], tiny_tokenizer, n, 64) for n in (5, 30))
+    assert np.array_equal(few, many[:5])
+
+
+def test_an_end_of_text_token_stands_between_documents_and_nowhere_else(tmp_path, text_file, tiny_tokenizer):
+    words = text_file.read_text().split()
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(" ".join(words[:50]))
+    tokens = windows([tmp_path], tiny_tokenizer, 8, 32).flatten().tolist()
+    document = tiny_tokenizer(" ".join(words[:50]), add_special_tokens=False)["input_ids"]
+    expected = [*document, tiny_tokenizer.eos_token_id] * 4
+    assert len(document) < 8 * 32
+    assert tokens == expected[: 8 * 32]
 
 
 def test_batches_cover_all_windows():

@@ -171,13 +171,14 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     "command, reason",
     [
-        ("eval TMP/nowhere --text TEXT", "nowhere"),
+        ("eval TMP/nowhere --text TEXT", "there is no model at"),
         ("eval MODEL --text TMP/none.txt", "there is no file"),
         ("eval MODEL --text TMP/empty.txt", "empty.txt is empty"),
         ("eval MODEL --text TMP/latin.txt", "is not UTF-8 text"),
         ("eval MODEL --text TMP/short.txt", "shorter than one window of 1024 tokens"),
+        ("eval MODEL --text TEXT --context 1", "--context 1 is too small; use at least 2"),
         ("eval MODEL --text TEXT --windows 4000 --context 64", "and 4000 are needed; add text"),
-        ("eval MODEL --text TEXT --windows 0", "0 windows leave nothing to measure on"),
+        ("eval MODEL --text TEXT --windows 0", "--windows 0 is too small; use at least 1"),
         ("eval MODEL --text TEXT --context 4096", "more than the model's 2048"),
         ("eval MODEL --text TEXT --budgets 0.5", "has none in its folder mkv; name one: --adapter ADAPTER"),
         ("eval ADAPTER --text TEXT --budgets 0.9 0.1", "use at least 0.25"),

@@ -20,7 +20,7 @@ from vllm_mkv.cli import main
 from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.attention import intercepted, layer_index
 from vllm_mkv.fit.bases import BASES, block_diagonal, block_metrics, hadamard, whitened
-from vllm_mkv.fit.calibrate import attention_statistics, output_metrics
+from vllm_mkv.fit.calibrate import attention_statistics, draw_windows, output_metrics
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source
@@ -28,7 +28,7 @@ from vllm_mkv.fit.search import probe, search, spared
 from vllm_mkv.fit.statistics import LayerStatistics
 from vllm_mkv.fit.truncation import Truncation, by_group
 
-SETTINGS = {"tokens": 1024, "context": 64, "eval_windows": 4}
+SETTINGS = {"tokens": 1024, "context": 128, "eval_windows": 4}
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +198,14 @@ def test_rates_are_what_sparing_a_side_saves_by_what_was_predicted(searched, mod
     adapter = searched[1]
     found = probe(model, adapter, windows)
     prepared = replace(adapter, bases=found.bases)
-    allocations = [spared(adapter.shape, place) for place in (None, (2, 0), (0, 1))]
+    allocations = [spared(adapter.shape, place) for place in (None, (0, 0), (1, 1))]
     _, everything, *others = measure(model, windows, projected_caches(prepared, allocations, 4), stock_bytes=1)
     saved = [everything["kl"] - row["kl"] for row in others]
     predicted = [
-        found.errors[place][..., WIDTHS.index(2)].sum() for place in ((2, slice(None), 0), (0, slice(None), 1))
+        found.errors[place][..., WIDTHS.index(2)].sum() for place in ((0, slice(None), 0), (1, slice(None), 1))
     ]
     ratio = (saved[0] / predicted[0]) / (saved[1] / predicted[1])
-    assert found.rates[2, 0] / found.rates[0, 1] == pytest.approx(ratio**found.exponent, rel=1e-2)
+    assert found.rates[0, 0] / found.rates[1, 1] == pytest.approx(ratio**found.exponent, rel=1e-2)
     assert found.exponent in (1.0, 0.85, 0.7, 0.55)
 
 
@@ -230,7 +230,7 @@ def test_windows_and_soft_caps(windowed, tiny_model, make_adapter, text_file, tm
     # Coordinates are whitened as they are stored: keys less no mean where scores are capped.
     capped = "attn_logit_softcapping" in settings
     network = Source(str(folder)).load("float32", "cpu")
-    tokens = token_windows([str(text_file)], Source(str(folder)).tokenizer, num_windows=16, context=64, seed=0)
+    tokens, _ = draw_windows(Source(str(folder)), [str(text_file)], 1024, 4, 128, seed=0)
     for layer, statistics in attention_statistics(network, 2, tokens).items():
         bases = adapter.bases[layer]
         assert bases.key_mean.any() != capped
@@ -251,7 +251,38 @@ def test_shards_are_balanced_in_what_is_written(tiny_model, make_adapter, text_f
 
 
 def command(adapter, text, output, *more):
-    return ["search", str(adapter), "--text", str(text), "--output", str(output), "--context", "64", *more]
+    return ["search", str(adapter), "--text", str(text), "--output", str(output), "--context", "128", *more]
+
+
+@pytest.mark.parametrize("best", [1.0, 0.85, 0.7, 0.55])
+def test_the_exponent_whose_path_loses_least_is_taken(best, searched, model, windows, monkeypatch):
+    """By the geometric mean of two budgets."""
+    of_pair = {1.0: (0.2, 0.2), 0.85: (0.3, 0.2), 0.7: (0.2, 0.4), 0.55: (0.9, 0.9)} | {best: (0.001, 1.0)}
+
+    def measured(model, windows, caches, stock_bytes):
+        rows = measure(model, windows, caches, stock_bytes=stock_bytes)
+        if caches[0].name == "mkv":
+            for row, kl in zip(rows[1:], sum(of_pair.values(), ()), strict=True):
+                row["kl"] = kl
+        return rows
+
+    monkeypatch.setattr("vllm_mkv.fit.search.measure", measured)
+    found = probe(model, searched[1], windows[:1])
+    assert found.exponent == best
+
+
+def test_a_direction_that_hardly_varies_is_not_blown_up_beside_those_that_do():
+    """A hundredth of the largest deviation in its block is what any direction is taken to vary."""
+    variances = torch.tensor([1.0] * 15 + [1e-12] + [1.0] * 16, dtype=torch.float64)
+    found = LayerStatistics(1)
+    flat = torch.zeros(1, 1, 32, dtype=torch.float64)
+    for moments in (found.query, found.key, found.value):
+        moments.count, moments.sum, moments.products = 1, flat[0], torch.diag(variances)[None]
+    bases = whitened(BASES["pca"](found, None), found)
+    for down in (bases.A, bases.C):
+        norms = np.linalg.svd(down[0], compute_uv=False)
+        assert norms.max() == pytest.approx(100, rel=1e-3)
+        assert norms[1] == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("widths", ["16,4,8,0", "16,5,0", "16,4,4,0", "8,4,0", "wide"])
@@ -261,7 +292,8 @@ def test_wrong_widths_are_refused(widths, tiny_model, make_adapter, text_file, t
         assert main(arguments) == 1
     except SystemExit as stop:
         assert stop.code == 2
-    assert "16" in capsys.readouterr().err
+    reason = "no list of bits such as 16,8,4,2,0" if widths == "wide" else "must start at 16 and fall through some of"
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -343,7 +343,7 @@ def test_the_command(tiny_model, make_searched, text_file, tmp_path, capsys):
     model = tiny_model("llama")
     output, figures, plot = tmp_path / "trained", tmp_path / "log.json", tmp_path / "log.png"
     arguments = [str(make_searched(model, 2)), "--text", str(text_file), "--steps", "2", "--output", str(output)]
-    options = ["--context", "96", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
+    options = ["--context", "128", "--batch-size", "1", "--eval-windows", "2", "--budgets", "0.07", "0.25"]
     assert main(["train", *arguments, *options, "--json", str(figures), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     assert "KL divergence of steps" in printed

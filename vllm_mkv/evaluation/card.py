@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_mkv.adapter import AdapterConfig, QualityRow
+from vllm_mkv.adapter import AdapterConfig
+from vllm_mkv.fit.held_out import measured_apart
 
 TEMPLATE = """\
 ---
@@ -26,6 +26,8 @@ the most important coordinates of this model's keys and values. One adapter serv
 vllm serve {model} --attention-backend mkv \\
     --additional-config '{{"mkv": {{"adapter": "ADAPTER", "budget": {budget:g}}}}}'
 ```
+
+Without a GPU, add `--kv-cache-memory-bytes 268435456`: vLLM takes most of the memory for its cache otherwise.
 
 | | |
 |---|---|
@@ -60,24 +62,25 @@ def model_card(config: AdapterConfig) -> str:
         basis=config.basis,
         group_heads=config.group_heads,
         budget=config.default_budget,
-        quality=quality_table(config.quality),
+        quality=quality_table(config),
         made=json.dumps(config.made, indent=2),
     )
 
 
-def quality_table(rows: Sequence[QualityRow]) -> str:
-    """A Markdown table of `AdapterConfig.quality`."""
-    if not rows:
+def quality_table(config: AdapterConfig) -> str:
+    """A Markdown table of `AdapterConfig.quality`, and what it was measured on."""
+    if not config.quality:
         return "\nNot measured.\n"
+    apart = "that no step fitted on" if measured_apart(config.made) else "on some of which a step may have been fitted"
     lines = [
         "",
-        "On text that was not used for fitting; KL divergence from the full model in nats per token, and how often",
-        "both find the same token most likely.",
+        f"On windows of the text below {apart}; KL divergence from the full",
+        "model in nats per token, and how often both find the same token most likely.",
         "",
         "| cache | budget | bytes per token | perplexity | KL | same top token |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in config.quality:
         lines.append(
             f"| {row.get('name', 'mkv')} | {row['budget']:.3f} | {row['bytes_per_token']} | {row['perplexity']:.2f} "
             f"| {row['kl']:.4f} | {row['top1']:.1%} |"

@@ -14,13 +14,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vllm_mkv.allocation import Allocation, AllocationPath
 from vllm_mkv.evaluation.quality import Sums, quality_row
 from vllm_mkv.evaluation.subject import Subject
 from vllm_mkv.fit.calibrate import cache_shape
 from vllm_mkv.fit.model import Source, dtype_name
+from vllm_mkv.progress import progress
 
 BLOCK_SIZE = 16
 """Tokens per page of the MKV engine: those that bytes per token are reckoned with everywhere."""
@@ -117,8 +117,9 @@ def measure_served(
         ValueError: the temporary folder has too little room for them, or they are not finite.
     """
     rows = []
-    bar = tqdm(total=len(windows) * (1 + len(starts)), unit="window", desc="engine", disable=None)
-    with TemporaryFile() as file, bar as progress:
+    count = 1 + len(starts)
+    what = f"engines measured on {len(windows)} windows: {count}"
+    with TemporaryFile() as file, progress(what, total=count * len(windows), unit="window") as bar:
         kept = np.empty(0)
         for start in (None, *starts):
             total = Sums()
@@ -129,7 +130,7 @@ def measure_served(
                         kept[index] = log_p
                     full = log_p if start is None else np.array(kept[index])
                     total.add(*map(torch.from_numpy, (full, log_p, windows[index, 1:])))
-                    progress.update()
+                    bar.update()
             name, used = ("mkv", start.bytes_per_token) if start else ("stock", stock_bytes)
             rows.append(quality_row(name, used, stock_bytes, total))
     return rows

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vllm_mkv.adapter import Adapter
@@ -20,6 +19,7 @@ from vllm_mkv.allocation import Allocation
 from vllm_mkv.fit.attention import Handler, intercepted
 from vllm_mkv.fit.data import batches
 from vllm_mkv.fit.truncation import Truncation
+from vllm_mkv.progress import progress
 
 LOGITS_PER_BATCH = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits held at once, by kind of device. On a CPU, arrays of more than 32 MB are given back to the system every time,
@@ -89,17 +89,19 @@ def measure(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     logits = LOGITS_PER_BATCH.get(model.device.type, LOGITS_PER_BATCH["cuda"])
     size = max(1, logits // (windows.shape[1] * vocabulary))
-    with tqdm(total=len(windows) * (1 + len(caches)), unit="window", desc="quality", disable=None) as progress:
+    count = 1 + len(caches)
+    what = f"caches measured on {len(windows)} windows: {count}"
+    with progress(what, total=count * len(windows), unit="window") as bar:
         for batch in batches(windows, size):
             ids = torch.from_numpy(batch).to(model.device)
             targets = ids[:, 1:].flatten()
             stock = log_probabilities(model, ids)
             stock_sums.add(stock, stock, targets)
-            progress.update(len(batch))
+            bar.update(len(batch))
             for cache, total in zip(caches, sums, strict=True):
                 with intercepted(model, cache.handler):
                     total.add(stock, log_probabilities(model, ids), targets)
-                progress.update(len(batch))
+                bar.update(len(batch))
     rows = [quality_row("stock", stock_bytes, stock_bytes, stock_sums)]
     return rows + [
         quality_row(cache.name, cache.bytes_per_token, stock_bytes, total)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from vllm_mkv.arguments import check_against
 from vllm_mkv.evaluation.quality import Cache
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.bases import hadamard
@@ -194,8 +195,7 @@ def rival_caches(names: Sequence[str], fingerprint: ModelFingerprint) -> list[Ca
     Raises:
         ValueError: a name is unknown.
     """
-    if unknown := [name for name in names if name not in RIVALS]:
-        raise ValueError(f"{unknown[0]!r} is no cache to compare with; known are {','.join(RIVALS)}")
+    check_against(names)
     heads = 2 * fingerprint.num_hidden_layers * fingerprint.num_key_value_heads
     caches = [Cache(name, RIVALS[name], heads * RIVALS[name].head_bytes(fingerprint.head_size)) for name in set(names)]
     return sorted(caches, key=lambda cache: (-cache.bytes_per_token, cache.name))

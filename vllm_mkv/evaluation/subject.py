@@ -96,7 +96,7 @@ def _named_by(adapter: Adapter, folder: Path | None, revision: str | None, trust
     source = Source(config.base_model_name_or_path, revision or config.revision, trust_remote_code)
     try:
         _ = source.config
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} was made for {source.name}, which cannot be read here ({str(error).splitlines()[0]}); name the "
             "model: --model MODEL"

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from vllm_mkv.progress import progress
+
 DEFAULT_CONTEXTS = (512, 1024, 2048, 4096)
 TOKENS_PER_STEP = 2048
 """That a step of prefill takes, where the batch is not larger; decoding takes far fewer."""
@@ -157,33 +159,32 @@ def time_caches(schedule: Schedule, caches: Sequence[Cache], start: Start, *, in
     found: dict[int, Timings] = {}
     # A start that fails takes along the process groups that engines of a process share: it comes before all others.
     order = sorted(range(len(caches)), key=lambda number: not caches[number].may_be_refused)
-    bar = tqdm(
-        total=len(caches) * len(schedule.contexts) * schedule.num_windows, unit="window", desc="bench", disable=None
-    )
-    with bar as progress:
+    what = f"engines timed at {len(schedule.contexts)} contexts: {len(caches)}"
+    total = len(caches) * len(schedule.contexts) * schedule.num_windows
+    with progress(what, total=total, unit="window") as bar:
         for group in [order] if interleaved else [[number] for number in order]:
             with ExitStack() as running:
                 steppers: dict[int, Stepper] = {}
                 for number in group:
-                    progress.set_postfix_str(f"starting {caches[number].name}")
+                    bar.set_postfix_str(f"starting {caches[number].name}")
                     try:
                         steppers[number] = running.enter_context(start(caches[number]))
                     except REFUSALS as error:
                         if not caches[number].may_be_refused:
                             raise
                         found[number] = Timings(" ".join(str(error).split()) or type(error).__name__, 0, {})
-                        progress.update(len(schedule.contexts) * schedule.num_windows)
+                        bar.update(len(schedule.contexts) * schedule.num_windows)
                 for number, stepper in steppers.items():
                     found[number] = Timings(None, stepper.block_size, {})
                 for context in schedule.contexts:
-                    progress.set_postfix_str(f"context {context}")
-                    for number, windows in _in_turns(schedule, context, steppers, progress).items():
+                    bar.set_postfix_str(f"context {context}")
+                    for number, windows in _in_turns(schedule, context, steppers, bar).items():
                         found[number].windows[context] = windows
     return [found[number] for number in range(len(caches))]
 
 
 def _in_turns(
-    schedule: Schedule, context: int, steppers: Mapping[int, Stepper], progress: tqdm
+    schedule: Schedule, context: int, steppers: Mapping[int, Stepper], bar: tqdm
 ) -> dict[int, list[tuple[float, float]]]:
     """Every engine takes a window before any takes its next."""
     found: dict[int, list[tuple[float, float]]] = {number: [] for number in steppers}
@@ -194,7 +195,7 @@ def _in_turns(
             timed = stepper.decode(schedule.output_len)
             if window >= schedule.warmup:
                 found[number].append((timed.cached, timed.seconds))
-            progress.update()
+            bar.update()
     for stepper in steppers.values():
         stepper.release()
     return found

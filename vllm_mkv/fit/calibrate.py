@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vllm_mkv import __version__
@@ -22,13 +22,14 @@ from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.attention import attention_layers, intercepted
 from vllm_mkv.fit.bases import BASES, output_metric, whitened
-from vllm_mkv.fit.data import batches, split_windows, token_windows
+from vllm_mkv.fit.data import batches, check_context, token_windows
+from vllm_mkv.fit.held_out import HELD_OUT, num_held_out, possible_overlap, split_windows
 from vllm_mkv.fit.model import Source, choose_group_heads, dtype_name
 from vllm_mkv.fit.statistics import Statistics
+from vllm_mkv.progress import progress
 
 TOKENS_PER_BATCH = 8192
 DEFAULT_CONTEXT = 1024
-DEFAULT_EVAL_WINDOWS = 16
 DEFAULT_BUDGET = 0.5
 MEASURED_BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25)
 
@@ -42,7 +43,7 @@ def calibrate(
     basis: str = "query",
     group_heads: int | None = None,
     context: int | None = None,
-    eval_windows: int = DEFAULT_EVAL_WINDOWS,
+    eval_windows: int = HELD_OUT,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
@@ -59,7 +60,7 @@ def calibrate(
         basis: "query" or "pca".
         group_heads: J, KV heads per latent group; None for the largest whose query heads fit one tensor-core product.
         context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
-        eval_windows: windows, none of them used for fitting, to measure quality on; 0 for none.
+        eval_windows: windows, none of them used for fitting, to measure quality on; 0 for none. See `held_out`.
         seed: of the choice of windows.
         dtype, device: see `vllm_mkv.fit.model.Source.load`.
         revision, trust_remote_code: of the model's Hub repository.
@@ -85,24 +86,34 @@ def calibrate(
         basis=basis,
         group_heads=group_heads,
         revision=revision,
-        made=how_made("calibrate", text, windows, seed, network) | versions,
+        made=how_made("calibrate", text, windows, eval_windows, seed, network) | versions,
     )
     if eval_windows:
-        adapter = with_quality(adapter, network, held_out, MEASURED_BUDGETS, network.dtype.itemsize)
+        adapter = with_quality(adapter, network, held_out, MEASURED_BUDGETS, source.itemsize)
     adapter.save(output, model_card(adapter.config))
     return adapter
 
 
 def draw_windows(
-    source: Source, text: Sequence[str], tokens: int, eval_windows: int, context: int | None, seed: int
+    source: Source,
+    text: Sequence[str],
+    tokens: int,
+    eval_windows: int,
+    context: int | None,
+    seed: int,
+    before: dict[str, Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """About `tokens` tokens to fit or probe on, and `eval_windows` windows to measure on, none in both.
+
+    Args:
+        before: what an adapter says of how it was made. Warns where a step of that may have fitted on what is measured.
 
     Returns:
         int64 [windows, context] and [eval_windows, context].
 
     Raises:
-        ValueError: no such context, no window, or too little text; says what to do.
+        ValueError: no such context, no window, too little text, or steps of `before` that fitted on what would be
+            measured; says what to do.
     """
     if eval_windows < 0:
         raise ValueError(f"{eval_windows} windows to measure on; use 0 for none")
@@ -110,7 +121,15 @@ def draw_windows(
     num_windows = round(tokens / context)
     if num_windows < 1:
         raise ValueError(f"{tokens} tokens are no window of {context}; use more --tokens or a shorter --context")
-    windows = token_windows(text, source.tokenizer, num_windows=num_windows + eval_windows, context=context, seed=seed)
+    overlap = possible_overlap(before or {}, text, context, seed, eval_windows)
+    num_windows += num_held_out(eval_windows)
+    windows = token_windows(text, source.tokenizer, num_windows=num_windows, context=context, seed=seed)
+    if overlap and eval_windows:
+        warnings.warn(
+            f"quality may be measured on windows that were fitted on: {overlap}. Give every step the same --text, "
+            "--seed and --context, or measure on other text with vllm-mkv eval",
+            stacklevel=3,
+        )
     return split_windows(windows, eval_windows)
 
 
@@ -140,15 +159,24 @@ def new_adapter(
 
 
 def how_made(
-    command: str, text: Sequence[str], windows: np.ndarray, seed: int, model: PreTrainedModel
+    command: str,
+    text: Sequence[str],
+    windows: np.ndarray,
+    eval_windows: int,
+    seed: int,
+    model: PreTrainedModel,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What an adapter says of the command that made it."""
+    """What an adapter says of the command that made it, of one that was made as `before` says."""
+    context = windows.shape[1]
     return {
         "by": f"vllm-mkv {__version__} {command}",
         "text": [str(name) for name in text],
         "tokens": windows.size,
-        "context": windows.shape[1],
+        "context": context,
         "seed": seed,
+        "eval_windows": eval_windows,
+        "held_out": possible_overlap(before or {}, text, context, seed, eval_windows) is None,
         "dtype": dtype_name(model.dtype),
     }
 
@@ -170,9 +198,11 @@ def fit_bases(
     metrics = output_metrics(model, fingerprint) if basis == "query" else {}
     statistics = attention_statistics(model, group_heads, windows)
     bases = []
-    for layer in tqdm(sorted(statistics), unit="layer", desc=f"{basis} bases", disable=None):
-        found = statistics.pop(layer)
-        bases.append(whitened(BASES[basis](found, metrics.get(layer)), found))
+    with progress(f"{basis} bases: {len(statistics)} layers", total=len(statistics), unit="layer") as bar:
+        for layer in sorted(statistics):
+            found = statistics.pop(layer)
+            bases.append(whitened(BASES[basis](found, metrics.get(layer)), found))
+            bar.update()
     return tuple(bases)
 
 
@@ -186,12 +216,12 @@ def attention_statistics(model: PreTrainedModel, group_heads: int, windows: np.n
     """
     layers = attention_layers(model)
     statistics = Statistics(group_heads)
-    progress = tqdm(total=windows.size, unit="tok", desc="statistics", disable=None)
-    with intercepted(model, statistics), progress:
+    bar = progress(f"statistics of attention: {len(windows)} windows", total=windows.size, unit="tok")
+    with intercepted(model, statistics), bar:
         for batch in batches(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])):
             # Without the language modelling head: logits would take most of the memory.
             model.base_model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
-            progress.update(batch.size)
+            bar.update(batch.size)
     for layer in layers:
         statistics[layer].check(layer)
     return statistics
@@ -221,6 +251,7 @@ def choose_context(config: Any, context: int | None) -> int:
     longest = longest_context(config)
     if context is None:
         return min(DEFAULT_CONTEXT, longest)
+    check_context(context)
     if context > longest:
         raise ValueError(f"a context of {context} tokens is more than the model's {longest}; use a shorter --context")
     return context

@@ -23,6 +23,8 @@ PASSAGE, TOKENS_PER_REPEAT = 32, 256
 def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, context: int, seed: int = 0) -> np.ndarray:
     """Windows that do not overlap, drawn at random and in equal shares from every source as long as it lasts.
 
+    Fewer windows of the same text, context and seed are the first of more.
+
     Args:
         text: files, folders with .txt files, or datasets as `NAME[:CONFIG[:SPLIT]]`.
         tokenizer: of the model. Where it begins a text with tokens of its own (BOS), so does every window.
@@ -39,8 +41,7 @@ def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, cont
     """
     if not text:
         raise ValueError("no text to read; name a file, a folder or a dataset: --text FILE")
-    if context < MIN_CONTEXT:
-        raise ValueError(f"a context of {context} tokens has nothing to predict; use at least {MIN_CONTEXT}")
+    check_context(context)
     sources = [_windows(name, tokenizer, context, seed) for name in text]
     turns = cycle(range(len(sources)))
     live = dict(enumerate(sources))
@@ -61,6 +62,12 @@ def token_windows(text: Sequence[str], tokenizer: Any, *, num_windows: int, cont
     return np.array(windows, dtype=np.int64)
 
 
+def check_context(context: int) -> None:
+    """Raises ValueError where a window of so many tokens has none to predict."""
+    if context < MIN_CONTEXT:
+        raise ValueError(f"a context of {context} tokens has nothing to predict; use at least {MIN_CONTEXT}")
+
+
 def _windows(name: str, tokenizer: Any, context: int, seed: int) -> Iterator[list[int]]:
     """Windows of one source. Raises ValueError at once where it cannot be read, and where it has not even one."""
     documents = _documents(name, seed)
@@ -77,7 +84,10 @@ def _chain(first: list[int], rest: Iterator[list[int]]) -> Iterator[list[int]]:
 
 
 def _pack(documents: Iterator[str], tokenizer: Any, context: int) -> Iterator[list[int]]:
-    """Consecutive windows of the documents' tokens, an end-of-text token between documents."""
+    """Consecutive windows of the documents' tokens, an end-of-text token between documents.
+
+    Pieces of a file count as documents: in the order that they are drawn in, none goes on where the one before ended.
+    """
     prefix = leading_tokens(tokenizer)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     size = context - len(prefix)
@@ -104,9 +114,15 @@ def _documents(name: str, seed: int) -> Iterator[str]:
         pieces = [piece for file in files for piece in _pieces(read_text(file))]
         random.Random(seed).shuffle(pieces)
         return iter(pieces)
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in (".txt", ".md", ".text")):
-        raise ValueError(f"there is no file {name}; name a text file, a folder of .txt files or a dataset")
+    check_text(name)
     return _dataset(name, seed)
+
+
+def check_text(name: str) -> None:
+    """Raises ValueError where there is no such file, and the name is one of a file and not of a dataset."""
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix in (".txt", ".md", ".text")):
+        raise ValueError(f"there is no file {name}; name a text file, a folder of .txt files or a dataset")
 
 
 def read_text(file: Path) -> str:
@@ -132,16 +148,21 @@ def _dataset(name: str, seed: int) -> Iterator[str]:
     """Texts of a dataset, `NAME[:CONFIG[:SPLIT]]`, streamed; the split is `train` unless named."""
     import datasets
 
-    repository, config, split = (*name.split(":"), None, None)[:3]
+    repository, *rest = name.split(":")
+    config, split = (*rest, None, None)[:2]
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         first = next(iter(rows), None)
     except Exception as error:  # `datasets` raises many unrelated types for a name that leads nowhere
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = (
+            f"{repository} holds no .txt files, and no dataset could be read from it"
+            if Path(repository).is_dir()
+            else f"there is no file {repository}, and no dataset of that name could be read"
+        )
         raise ValueError(
-            f"there is no file {repository}, and no dataset of that name could be read ({reason}); name a text file, a "
-            "folder of .txt files or a dataset as NAME[:CONFIG[:SPLIT]]"
+            f"{what} ({reason}); name a text file, a folder of .txt files or a dataset as NAME[:CONFIG[:SPLIT]]"
         ) from error
     if first is None:
         raise ValueError(f"dataset {name} is empty; name one with rows")
@@ -157,13 +178,6 @@ def text_column(name: str, row: dict[str, Any]) -> str:
     if len(strings) != 1:
         raise ValueError(f"dataset {name} has no column `text`, and its columns of strings are {strings}; name another")
     return strings[0]
-
-
-def split_windows(windows: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """The windows to fit on and the `held_out` last ones to measure on; none is in both."""
-    assert 0 <= held_out <= len(windows)
-    at = len(windows) - held_out
-    return windows[:at], windows[at:]
 
 
 def passage_places(context: int) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mkv_kernels.layout import BLOCK
+from vllm_mkv.arguments import check_model
 from vllm_mkv.fingerprint import ModelFingerprint
 
 MAX_QUERY_HEADS = 16
@@ -46,13 +47,32 @@ class Source:
     trust_remote_code: bool = False
 
     @property
+    def path(self) -> str:
+        """What transformers knows the model by."""
+        return str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name
+
+    @property
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @cached_property
     def config(self) -> Any:
-        """Raises NotImplementedError where attention is of a kind that a projected cache does not serve."""
-        config = AutoConfig.from_pretrained(self.name, **self._where)
+        """
+        Raises:
+            ValueError: there is no model of that name.
+            NotImplementedError: attention is of a kind that a projected cache does not serve.
+        """
+        check_model(self.name)
+        try:
+            config = AutoConfig.from_pretrained(self.path, **self._where)
+        except OSError as error:
+            if Path(self.path).exists():
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"there is no folder {self.name}, and the Hub gave no model of that name ({reason}); name a folder "
+                "or a Hub repository"
+            ) from error
         refuse_config(config)
         return config
 
@@ -73,7 +93,7 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.name, **self._where)
+        return AutoTokenizer.from_pretrained(self.path, **self._where)
 
     def load(self, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
         """The model, ready to evaluate.
@@ -94,7 +114,7 @@ class Source:
             # transformers' default, torch's fused operator, leaves the soft-cap of attention scores out.
             settings["attn_implementation"] = "eager"
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, device_map=device, **settings)
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, device_map=device, **settings)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise

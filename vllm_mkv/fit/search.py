@@ -27,12 +27,12 @@ from vllm_mkv.fit.calibrate import (
     with_quality,
 )
 from vllm_mkv.fit.errors import BlockErrors
+from vllm_mkv.fit.held_out import HELD_OUT
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.path import least_damage_path
 from vllm_mkv.fit.truncation import Truncation
 
 DEFAULT_TOKENS = 32_768
-DEFAULT_EVAL_WINDOWS = 16
 DEFAULT_BUDGETS = (0.25, 0.5)
 """What to serve at where nobody says, the first that is in reach; with ranks alone, from the second on."""
 MEASURED_BUDGETS = (0.75, 0.5, 0.375, 0.25, 0.167, 0.125, 0.09, 0.07)
@@ -82,7 +82,7 @@ def search(
     shards: int = 1,
     tokens: int = DEFAULT_TOKENS,
     context: int | None = None,
-    eval_windows: int = DEFAULT_EVAL_WINDOWS,
+    eval_windows: int = HELD_OUT,
     seed: int = 0,
     model: str | None = None,
     dtype: str = "auto",
@@ -99,7 +99,7 @@ def search(
         shards: tensor-parallel ranks among which every prefix of the path is balanced.
         tokens: of the calibration set, rounded to windows.
         context: tokens per window; None for 1024 or the model's longest, whichever is shorter.
-        eval_windows: windows, none of them probed on, to measure quality on; 0 for none.
+        eval_windows: windows, none of them probed on, to measure quality on; 0 for none. See `held_out`.
         seed: of the choice of windows.
         model: folder or Hub repository; None for the one that the adapter was made for.
         dtype, device: see `vllm_mkv.fit.model.Source.load`.
@@ -115,10 +115,12 @@ def search(
     config = adapter.config
     source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
     adapter.check_model(source.fingerprint)
-    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed)
+    # Of an earlier search nothing stays, unless bases were trained on what it found.
+    before = {k: step for k, step in config.made.items() if k != "search" or config.basis == TRAINED}
+    windows, held_out = draw_windows(source, text, tokens, eval_windows, context, seed, before)
     network = source.load(dtype, device)
     found = probe(network, adapter, windows, widths, shards)
-    made = how_made("search", text, windows, seed, network) | {
+    made = how_made("search", text, windows, eval_windows, seed, network, before) | {
         "widths": list(widths),
         "shards": shards,
         "exponent": found.exponent,

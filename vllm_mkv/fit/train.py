@@ -26,13 +26,13 @@ from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_
 from vllm_mkv.fit.checkpoints import checkpoint_folder, choose_checkpoint, write_arguments
 from vllm_mkv.fit.data import check_repeats, with_repeats
 from vllm_mkv.fit.distil import Distillation
+from vllm_mkv.fit.held_out import HELD_OUT
 from vllm_mkv.fit.model import Source, choose_device
 from vllm_mkv.fit.search import MEASURED_BUDGETS
 from vllm_mkv.fit.student import Student
 from vllm_mkv.fit.trainer import DistillationTrainer
 
 DEFAULT_BUDGETS = (0.065, 0.25)
-DEFAULT_EVAL_WINDOWS = 16
 WARMUP_SHARE = 0.05
 TOLD = ("steps", "form", "budgets", "spread", "cross_entropy", "repeats", "learning_rate")
 """Of its arguments, those that a trained adapter tells of."""
@@ -57,7 +57,7 @@ def train(
     save_steps: int = 100,
     resume: bool = False,
     report_to: str = "none",
-    eval_windows: int = DEFAULT_EVAL_WINDOWS,
+    eval_windows: int = HELD_OUT,
     seed: int = 0,
     json_file: str | Path | None = None,
     plot: str | Path | None = None,
@@ -134,13 +134,14 @@ def train(
     arguments = _training_arguments(folder, given, save_steps, report_to, device)
     given["processes"] = arguments.world_size
     last = choose_checkpoint(folder, given, resume)
-    windows, held_out = _windows(source, given, eval_windows)
+    windows, held_out = _windows(source, given, eval_windows, config.made)
     network = source.load(dtype, str(arguments.device))
     task = Distillation(network, student, budgets, spread=spread, cross_entropy=cross_entropy)
     if arguments.process_index == 0 and last is None:
         write_arguments(folder, given)
     log = _distil(task, arguments, windows, last)
-    made = how_made("train", text, windows, seed, network) | {name: given[name] for name in TOLD}
+    made = how_made("train", text, windows, eval_windows, seed, network, config.made)
+    made |= {name: given[name] for name in TOLD}
     config = config.model_copy(update={"basis": TRAINED, "made": {**config.made, "train": made}, "quality": []})
     trained = Adapter(config, task.averaged().bases(), adapter.path)
     if arguments.process_index:
@@ -211,11 +212,13 @@ def _training_arguments(
     return arguments
 
 
-def _windows(source: Source, given: dict[str, Any], eval_windows: int) -> tuple[np.ndarray, np.ndarray]:
+def _windows(
+    source: Source, given: dict[str, Any], eval_windows: int, before: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """To train on, some with passages that stand twice, and to measure on; int64 [windows, context]."""
     context, seed = given["context"], given["seed"]
     tokens = given["steps"] * given["batch_size"] * given["accumulate"] * given["processes"] * context
-    windows, held_out = draw_windows(source, given["text"], tokens, eval_windows, context, seed)
+    windows, held_out = draw_windows(source, given["text"], tokens, eval_windows, context, seed, before)
     return with_repeats(windows, given["repeats"], _plain_tokens(source), seed), held_out
 
 
