@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -34,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check_arguments(vars(args))
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(show_warning, warnings.showwarning)
+            return args.run(args)
     except KeyboardInterrupt:
         print("vllm-mkv: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -44,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"{error.name} is not installed; install the tools: pip install '.[fit]' in a clone of vllm-mkv")
     except (ValueError, NotImplementedError, OSError, ImportError, SafetensorError) as error:
         return fail(str(error) or type(error).__name__)
+
+
+def show_warning(others: Callable[..., None], message: Any, category: type, filename: str, *rest: Any) -> None:
+    """Our own warnings are for the user of a command: without the line of code that they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"vllm-mkv: warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, filename, *rest)
 
 
 def parser() -> argparse.ArgumentParser:

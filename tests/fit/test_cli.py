@@ -183,3 +183,23 @@ def test_the_installed_command_runs():
     assert done.returncode == 1
     assert done.stderr.startswith("vllm-mkv: error: there is no adapter at /nowhere")
     assert "Traceback" not in done.stderr
+
+
+def test_warnings_are_lines_of_their_own(monkeypatch, capsys):
+    import warnings
+
+    from vllm_mkv import cli, commands
+
+    def warn(args):
+        for message, file in (("mind the gap", commands.__file__), ("a library's own", "/elsewhere/library.py")):
+            warnings.warn_explicit(message, UserWarning, file, 7)
+        return 0
+
+    monkeypatch.setattr(commands, "info", warn)
+    others = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: others.append(str(message))
+        assert cli.main(["info", "somewhere"]) == 0
+    assert capsys.readouterr().err == "vllm-mkv: warning: mind the gap\n"
+    assert others == ["a library's own"]
