@@ -17,7 +17,14 @@ fi
 model=$1 text=$2 adapter=$3
 shift 3
 
+# The same windows for both, so that quality is measured on none that was fitted on.
+both=()
+for ((i = 1; i < $#; i++)); do
+    next=$((i + 1))
+    case ${!i} in --context | --seed | --dtype) both+=("${!i}" "${!next}") ;; esac
+done
+
 vllm-mkv calibrate "$model" --text "$text" --output "$adapter" "$@"
-vllm-mkv search "$adapter" --text "$text" --output "$adapter" --model "$model"
+vllm-mkv search "$adapter" --text "$text" --output "$adapter" --model "$model" "${both[@]}"
 vllm-mkv info "$adapter" --plot "$adapter/widths.png"
 vllm-mkv check "$adapter" "$model"
