@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.calibrate import fit_bases, new_adapter
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
+from vllm_mkv.fit.quality import measure, projected_caches
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 

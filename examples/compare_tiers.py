@@ -33,13 +33,13 @@ from mkv_kernels.codes import (
 from mkv_kernels.layout import BLOCK, SCALE_BYTES, WIDTHS, BlockWidths, side_bytes
 from vllm_mkv.adapter import Adapter, LayerBases
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
-from vllm_mkv.evaluation.quality import Cache, measure
 from vllm_mkv.evaluation.rivals import gaussian_levels
 from vllm_mkv.fit.bases import hadamard
 from vllm_mkv.fit.calibrate import fit_bases, new_adapter
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source, choose_group_heads
 from vllm_mkv.fit.path import least_damage_path
+from vllm_mkv.fit.quality import Cache, measure
 from vllm_mkv.fit.search import Found, probe
 from vllm_mkv.fit.truncation import Quantiser, Truncation
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from vllm_mkv.evaluation.quality import Cache, projected_caches
 from vllm_mkv.evaluation.rivals import rival_caches
 from vllm_mkv.evaluation.subject import Subject
 from vllm_mkv.fit.attention import intercepted
 from vllm_mkv.fit.data import read_text
+from vllm_mkv.fit.quality import Cache, projected_caches
 
 DISTANCES = (64, 128, 256, 512, 960)
 SPAN = 32

@@ -82,6 +82,10 @@ def test_only_the_plugin_reaches_into_serving() -> None:
     assert imports_of("vllm_mkv", "vllm_mkv.serving", excluding=excluding) == measuring
 
 
+def test_what_makes_adapters_does_not_need_what_measures_them() -> None:
+    assert not imports_of("vllm_mkv/fit", "vllm_mkv.evaluation")
+
+
 def test_serving_does_not_need_the_tools_that_prepare_models() -> None:
     tools = ("vllm_mkv.fit", "vllm_mkv.evaluation", "transformers", "datasets", "accelerate", "matplotlib")
     assert not imports_of("vllm_mkv/serving", *tools)

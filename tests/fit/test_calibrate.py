@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_mkv.adapter import CARD_FILE, Adapter
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.calibrate import calibrate, fit_bases
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.model import Source, choose_group_heads, refuse_config
+from vllm_mkv.fit.quality import measure, projected_caches
 from vllm_mkv.fit.truncation import truncated
 
 

@@ -15,9 +15,9 @@ from vllm_mkv.allocation import CacheShape
 from vllm_mkv.cli import main
 from vllm_mkv.evaluation.engine import engine_budget
 from vllm_mkv.evaluation.evaluate import evaluate, evaluation_table
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.quality import measure, projected_caches
 
 ROW = ["name", "budget", "bytes_per_token", "perplexity", "kl", "top1"]
 STOCK_BYTES = 2 * 3 * 4 * 32 * 4
@@ -246,7 +246,7 @@ def test_an_interruption_leaves_what_was_there(model, text_file, tmp_path, monke
 
     figures = tmp_path / "figures.json"
     figures.write_text("older")
-    monkeypatch.setattr("vllm_mkv.evaluation.quality.log_probabilities", interrupt)
+    monkeypatch.setattr("vllm_mkv.fit.quality.log_probabilities", interrupt)
     command = f"eval {model} --text {text_file} --windows 2 --context 32 --json {figures} --against int4"
     assert main([*command.split(), "--plot", str(tmp_path / "curve.png")]) == 130
     assert list(tmp_path.iterdir()) == [figures]
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_what_was_there(model, text_file, tmp_path, monkeypat
 
     figures = tmp_path / "figures.json"
     figures.write_text("older")
-    monkeypatch.setattr("vllm_mkv.evaluation.output.os.fsync", fail)
+    monkeypatch.setattr("vllm_mkv.output.os.fsync", fail)
     command = f"eval {model} --text {text_file} --windows 2 --context 32 --json {figures}"
     assert main(command.split()) == status
     assert list(tmp_path.iterdir()) == [figures]

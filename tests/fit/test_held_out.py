@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_mkv.adapter import CARD_FILE, Adapter
-from vllm_mkv.evaluation import quality
 from vllm_mkv.fit import calibrate as calibrating
+from vllm_mkv.fit import quality
 from vllm_mkv.fit import search as searching
 from vllm_mkv.fit import train as training
 from vllm_mkv.fit.calibrate import calibrate

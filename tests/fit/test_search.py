@@ -17,13 +17,13 @@ from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.cli import main
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.attention import intercepted, layer_index
 from vllm_mkv.fit.bases import BASES, block_diagonal, block_metrics, hadamard, whitened
 from vllm_mkv.fit.calibrate import attention_statistics, draw_windows, output_metrics
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.quality import measure, projected_caches
 from vllm_mkv.fit.search import probe, search, spared
 from vllm_mkv.fit.statistics import LayerStatistics
 from vllm_mkv.fit.truncation import Truncation, by_group

@@ -20,13 +20,13 @@ from mkv_kernels.codes import round_trip
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.adapter import Adapter
 from vllm_mkv.cli import main
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fit.attention import intercepted
 from vllm_mkv.fit.calibrate import calibrate, draw_windows
 from vllm_mkv.fit.check import full_rank_exactness, inverse_error
 from vllm_mkv.fit.data import with_repeats
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.model import Source
+from vllm_mkv.fit.quality import measure, projected_caches
 from vllm_mkv.fit.search import TRIED_BUDGETS, probe, search
 from vllm_mkv.fit.student import FORMS, Student, cayley, coordinate_widths, straight_through
 from vllm_mkv.fit.train import train

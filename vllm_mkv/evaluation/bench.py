@@ -15,12 +15,12 @@ import torch
 
 from mkv_kernels.layout import WIDTHS
 from vllm_mkv.evaluation.latency import draw_latency, latency_row, refused_row
-from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.evaluation.subject import ALLOCATIONS, Subject
 from vllm_mkv.evaluation.synthetic import ModelShape, random_adapter
 from vllm_mkv.evaluation.timing import Cache, Schedule, Start, Stepper, Timings, time_caches
 from vllm_mkv.fit.calibrate import cache_shape, longest_context
 from vllm_mkv.fit.model import DTYPES, dtype_name
+from vllm_mkv.output import check_drawing, check_file, write_json
 
 KERNELS = ("auto", "triton", "numba", "torch")
 BLOCK_SIZE = 16

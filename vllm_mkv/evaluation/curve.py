@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_mkv.evaluation.output import check_drawing, write_drawing
+from vllm_mkv.output import check_drawing, write_drawing
 
 LEAST_KL = 1e-6
 """What is below is rounding, and would stretch the logarithmic axis: it is drawn here."""

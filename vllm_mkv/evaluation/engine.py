@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from vllm_mkv.allocation import Allocation, AllocationPath
-from vllm_mkv.evaluation.quality import Sums, quality_row
 from vllm_mkv.evaluation.subject import Subject
 from vllm_mkv.fit.calibrate import cache_shape
 from vllm_mkv.fit.model import Source, dtype_name
+from vllm_mkv.fit.quality import Sums, quality_row
 from vllm_mkv.progress import progress
 
 BLOCK_SIZE = 16
@@ -64,7 +64,7 @@ def engine_budget(path: AllocationPath, allocation: Allocation, itemsize: int) -
 def measure_engine(
     subject: Subject, windows: np.ndarray, allocations: Sequence[Allocation], allocation: str, dtype: str
 ) -> list[dict[str, Any]]:
-    """The rows of `vllm_mkv.evaluation.quality.measure`, of a subject's model and of its adapter at allocations.
+    """The rows of `vllm_mkv.fit.quality.measure`, of a subject's model and of its adapter at allocations.
 
     Args:
         windows: int64 [windows, context].
@@ -109,7 +109,7 @@ def engine_scores(source: Source, windows: np.ndarray, dtype: torch.dtype) -> Sc
 def measure_served(
     windows: np.ndarray, scores: Scores, starts: Sequence[Served], *, stock_bytes: int
 ) -> list[dict[str, Any]]:
-    """The rows of `vllm_mkv.evaluation.quality.measure`, of stock attention and then of every start of the engine.
+    """The rows of `vllm_mkv.fit.quality.measure`, of stock attention and then of every start of the engine.
 
     Stock log-probabilities are kept in a file without a name, so that memory does not grow and nothing is left behind.
 

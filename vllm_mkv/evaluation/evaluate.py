@@ -12,13 +12,13 @@ from rich.table import Table
 
 from vllm_mkv.evaluation.curve import draw_curve, title
 from vllm_mkv.evaluation.engine import check_engine, measure_engine
-from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.evaluation.rivals import rival_caches
 from vllm_mkv.evaluation.subject import ALLOCATIONS, Subject
 from vllm_mkv.fit.calibrate import choose_context
 from vllm_mkv.fit.data import token_windows
 from vllm_mkv.fit.model import DTYPES
+from vllm_mkv.fit.quality import measure, projected_caches
+from vllm_mkv.output import check_drawing, check_file, write_json
 
 ENGINES = ("transformers", "vllm")
 DEFAULT_WINDOWS = 64

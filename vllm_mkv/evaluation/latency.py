@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_mkv.evaluation.output import check_drawing, write_drawing
+from vllm_mkv.output import check_drawing, write_drawing
 
 NOISY = 0.1
 """Spread of repeats above which a benchmark says so."""

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_mkv.adapter import Adapter, QualityRow, choose_budget, digest
-from vllm_mkv.evaluation.output import check_drawing
 from vllm_mkv.evaluation.widths import draw_widths, widths_table
+from vllm_mkv.output import check_drawing
 
 ITEMSIZE = 2
 """Bytes of bfloat16 and float16, in which almost every model is served."""

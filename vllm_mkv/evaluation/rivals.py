@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from vllm_mkv.arguments import check_against
-from vllm_mkv.evaluation.quality import Cache
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.bases import hadamard
+from vllm_mkv.fit.quality import Cache
 
 SIGNS_SEED = 0x9E3779B9
 """Of the signs that vLLM flips before the Hadamard transform of its 4-bit cache."""

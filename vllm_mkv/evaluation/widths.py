@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mkv_kernels.layout import BLOCK, KEY, VALUE, WIDTHS, BlockWidths, rank_of
 from vllm_mkv.allocation import Allocation
-from vllm_mkv.evaluation.output import check_drawing, write_drawing
+from vllm_mkv.output import check_drawing, write_drawing
 
 SIDES = {KEY: "key", VALUE: "value"}
 ASCENDING = sorted(WIDTHS)

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from vllm_mkv import __version__
 from vllm_mkv.adapter import Adapter, AdapterConfig, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape
-from vllm_mkv.evaluation.card import model_card
-from vllm_mkv.evaluation.quality import measure, projected_caches
 from vllm_mkv.fingerprint import ModelFingerprint
 from vllm_mkv.fit.attention import attention_layers, intercepted
 from vllm_mkv.fit.bases import BASES, output_metric, whitened
+from vllm_mkv.fit.card import model_card
 from vllm_mkv.fit.data import batches, check_context, token_windows
 from vllm_mkv.fit.held_out import HELD_OUT, num_held_out, possible_overlap, split_windows
 from vllm_mkv.fit.model import Source, choose_group_heads, dtype_name
+from vllm_mkv.fit.quality import measure, projected_caches
 from vllm_mkv.fit.statistics import Statistics
 from vllm_mkv.progress import progress
 

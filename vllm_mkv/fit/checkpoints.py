@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from vllm_mkv.evaluation.output import write_json
+from vllm_mkv.output import write_json
 
 ARGUMENTS_FILE = "arguments.json"
 COMPLETE_FILE = "complete.json"

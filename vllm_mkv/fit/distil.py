@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vllm_mkv.evaluation.quality import log_probabilities
 from vllm_mkv.fit.attention import intercepted
+from vllm_mkv.fit.quality import log_probabilities
 from vllm_mkv.fit.student import Student, coordinate_widths
 
 DRAWN_BUDGETS = 48

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from mkv_kernels.layout import KEY, VALUE, WIDTHS, BlockWidths
 from vllm_mkv.adapter import Adapter, LayerBases, check_output
 from vllm_mkv.allocation import Allocation, AllocationPath, CacheShape, check_width_ladder
-from vllm_mkv.evaluation.card import model_card
-from vllm_mkv.evaluation.quality import Cache, measure, projected_caches
 from vllm_mkv.fit.attention import Handler
 from vllm_mkv.fit.bases import TRAINED, block_metrics, whitened
 from vllm_mkv.fit.calibrate import (
@@ -26,10 +24,12 @@ from vllm_mkv.fit.calibrate import (
     output_metrics,
     with_quality,
 )
+from vllm_mkv.fit.card import model_card
 from vllm_mkv.fit.errors import BlockErrors
 from vllm_mkv.fit.held_out import HELD_OUT
 from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.path import least_damage_path
+from vllm_mkv.fit.quality import Cache, measure, projected_caches
 from vllm_mkv.fit.truncation import Truncation
 
 DEFAULT_TOKENS = 32_768

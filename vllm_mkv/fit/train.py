@@ -18,19 +18,19 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from vllm_mkv.adapter import Adapter, check_output
-from vllm_mkv.evaluation.card import model_card
-from vllm_mkv.evaluation.losses import draw_losses
-from vllm_mkv.evaluation.output import check_drawing, check_file, write_json
 from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
+from vllm_mkv.fit.card import model_card
 from vllm_mkv.fit.checkpoints import checkpoint_folder, choose_checkpoint, write_arguments
 from vllm_mkv.fit.data import check_repeats, with_repeats
 from vllm_mkv.fit.distil import Distillation
 from vllm_mkv.fit.held_out import HELD_OUT
+from vllm_mkv.fit.losses import draw_losses
 from vllm_mkv.fit.model import Source, choose_device
 from vllm_mkv.fit.search import MEASURED_BUDGETS
 from vllm_mkv.fit.student import Student
 from vllm_mkv.fit.trainer import DistillationTrainer
+from vllm_mkv.output import check_drawing, check_file, write_json
 
 DEFAULT_BUDGETS = (0.065, 0.25)
 WARMUP_SHARE = 0.05

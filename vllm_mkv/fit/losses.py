@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_mkv.evaluation.output import check_drawing, write_drawing
+from vllm_mkv.output import check_drawing, write_drawing
 
 
 def draw_losses(log: Sequence[dict[str, float]], file: str | Path) -> None:
