@@ -322,7 +322,7 @@ def test_another_model_is_refused(tiny_model, make_adapter, text_file, tmp_path,
     assert "this model differs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shards, reason", [(0, "use 1 at least"), (3, "do not divide"), (8, "do not fit")])
+@pytest.mark.parametrize("shards, reason", [(0, "use at least 1"), (3, "do not divide"), (8, "do not fit")])
 def test_shards_that_serving_refuses_are_refused(tiny_model, make_adapter, text_file, tmp_path, capsys, shards, reason):
     adapter = make_adapter(tiny_model("llama"), 2)
     assert main(command(adapter, text_file, tmp_path / "out", "--shards", str(shards))) == 1
