@@ -293,7 +293,7 @@ def report(stock: Measured, mkv: Measured, choice: Choice, args: argparse.Namesp
     table = Table(title=title)
     table.add_column("cache", no_wrap=True)
     for column in ("tokens of cache", "bytes per token", "x smaller", "perplexity", "KL"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "perplexity")
     four_bit = choice.four_bit
     rows = (
         ("stock vLLM", f"{stock.cache_tokens:,}", stock.bytes_per_token, stock.perplexity, stock.kl),
