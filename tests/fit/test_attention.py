@@ -240,9 +240,10 @@ def quantised_by_hand(x, widths):
     """One vector, coordinate by coordinate."""
     steps = {8: 0.034, 4: 0.37, 2: 1.15}
     coded = [i for i in range(len(x)) if 0 < widths[i // 16] < 16]
-    scale = np.sqrt(np.mean(x[coded] ** 2)) if coded else 1.0
+    # Of the root mean square as float16, 3 bits of mantissa are kept.
+    scale = float(np.float16(np.sqrt(np.mean(x[coded] ** 2)))) if coded else 1.0
     eighth = 2.0 ** (np.floor(np.log2(scale)) - 3)
-    scale = np.round(scale / eighth) * eighth
+    scale = np.floor(scale / eighth + 0.5) * eighth
     out = np.zeros_like(x)
     for i, width in enumerate(np.repeat(widths, 16)):
         if width == 16:
@@ -274,9 +275,8 @@ def test_tiers_follow_the_formula(plain, tiny_model, make_adapter, uneven_path, 
                 widths = allocation.widths[layer][group][side]
                 want = np.stack([quantised_by_hand(token, widths) for token in coordinates]) @ up[group] + mean[group]
                 got = by_group(found, group_heads)[0, group].numpy()
-                # A coordinate at the border of two levels may fall to either side of it: in one token of seven, here.
-                errors = np.sort(np.abs(got - want).mean(-1)) / np.abs(want).mean()
-                assert errors[-2] < 1e-3 and errors[-1] < 0.1
+                # A coordinate at the border of two levels may fall to either side of it.
+                assert np.abs(got - want).mean() < 1e-3 * np.abs(want).mean()
 
 
 def test_an_allocation_or_a_model_of_another_shape_is_refused(tiny_model, make_adapter):
