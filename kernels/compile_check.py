@@ -43,7 +43,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, Known, launcher
 from compile_only import ARCHITECTURES, CompileOnly, backend_of, compiled_by
-from machine_code import read_amd, read_nvidia
+from machine_code import Found, read_amd, read_nvidia
 from triton.runtime.driver import driver
 
 SHARED_BAR = {"cuda": 99 * 1024, "hip": 64 * 1024}
@@ -54,20 +54,13 @@ ATTENTION = ("attend", "attend_codes", "prefill")
 
 
 @dataclass
-class Row:
+class Row(Found):
     case: str
     launch: str
     kernel: str
     arch: str
     warps: int
     shared: int
-    registers: int
-    spills: int
-    mma: int
-    code: int
-    loop: int
-    moves: int
-    loads: dict[int, int]
     seconds: float
     beyond: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
@@ -103,8 +96,8 @@ def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> 
             metadata = compiled.metadata
             rows.append(
                 Row(
-                    name, launch, kernel, arch, metadata.num_warps, metadata.shared, found.registers, found.spills,
-                    found.mma, found.code, found.loop, found.moves, dict(found.loads), round(seconds, 1),
+                    **vars(found), case=name, launch=launch, kernel=kernel, arch=arch, warps=metadata.num_warps,
+                    shared=metadata.shared, seconds=round(seconds, 1),
                 )
             )  # fmt: skip
             if asm is not None:

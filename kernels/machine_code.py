@@ -42,7 +42,7 @@ class Found:
     code: int
     loop: int
     moves: int
-    loads: Counter[int]
+    loads: dict[int, int]
 
 
 @cache
@@ -80,7 +80,7 @@ def read_nvidia(kernel: Any) -> tuple[Found, str]:
             loads[bits[-1] // 8 if bits else 4] += 1
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     mma = sum(opcodes[name] for name in NVIDIA_MMA)
-    return Found(registers, stack, mma, opcodes.total(), *longest_loop(code, NVIDIA_LINE), loads), code
+    return Found(registers, stack, mma, opcodes.total(), *longest_loop(code, NVIDIA_LINE), dict(loads)), code
 
 
 def longest_loop(code: str, line_of_code: re.Pattern[str]) -> tuple[int, int]:
@@ -137,4 +137,4 @@ def read_amd(kernel: Any) -> tuple[Found, str]:
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
         for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Found(registers, scratch, mma, count, *longest_loop(code, AMD_LINE), loads), code
+    return Found(registers, scratch, mma, count, *longest_loop(code, AMD_LINE), dict(loads)), code
