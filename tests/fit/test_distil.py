@@ -9,22 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_mkv.adapter import Adapter
 from vllm_mkv.fit import distil
 from vllm_mkv.fit.attention import intercepted
 from vllm_mkv.fit.distil import Distillation
-from vllm_mkv.fit.model import Source
 from vllm_mkv.fit.student import Student, coordinate_widths
-
-
-@pytest.fixture
-def searched(tiny_model, make_searched):
-    return Adapter.load(make_searched(tiny_model("llama"), 2))
-
-
-@pytest.fixture
-def model(tiny_model):
-    return Source(str(tiny_model("llama"))).load("float32", "cpu")
 
 
 def test_budgets_lie_at_equal_ratios(searched, model):

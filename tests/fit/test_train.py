@@ -36,16 +36,6 @@ from vllm_mkv.fit.truncation import truncated
 SETTINGS = {"context": 64, "batch_size": 2, "eval_windows": 0, "budgets": (0.07, 0.25), "repeats": 0.0}
 
 
-@pytest.fixture
-def searched(tiny_model, make_searched):
-    return Adapter.load(make_searched(tiny_model("llama"), 2))
-
-
-@pytest.fixture
-def model(tiny_model):
-    return Source(str(tiny_model("llama"))).load("float32", "cpu")
-
-
 def random_student(adapter, form):
     student = Student(adapter, form)
     torch.manual_seed(0)
