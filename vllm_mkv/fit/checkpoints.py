@@ -83,7 +83,8 @@ def choose_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> Path
     if not found:
         raise ValueError(f"{folder} has no checkpoint to go on from; start without --resume")
     _check_arguments(folder, given)
-    last = max(complete_checkpoints(folder), key=step_of, default=None)
+    complete = complete_checkpoints(folder)
+    last = complete[-1] if complete else None
     skipped = [checkpoint.name for checkpoint in found if last is None or step_of(checkpoint) > step_of(last)]
     if skipped and PartialState().is_main_process:
         goes_on = "starting anew" if last is None else f"going on from {last.name}"

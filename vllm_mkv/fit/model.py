@@ -84,7 +84,7 @@ class Source:
     def dtype(self) -> torch.dtype:
         """What its weights are stored in: as the configuration names it, or else as their file does."""
         named = getattr(self.config.get_text_config(decoder=True), "dtype", None) or self.config.dtype
-        return named or stored_dtype(self.name, self.revision)
+        return named or stored_dtype(self.path, self.revision)
 
     @property
     def itemsize(self) -> int:

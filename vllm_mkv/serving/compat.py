@@ -253,20 +253,26 @@ def keep_weights(model: nn.Module) -> None:
 
     model.load_weights = load_weights  # type: ignore[assignment]
     model.mkv_folded = True  # type: ignore[assignment]
-    worker = sys.modules.get("vllm.v1.worker.gpu_worker")
-    for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard", "sleep"):
-        original = getattr(getattr(worker, "Worker", None), name, None)
-        if original is None or hasattr(original, "mkv_original"):
-            continue
+    worker = getattr(sys.modules.get("vllm.v1.worker.gpu_worker"), "Worker", None)
 
-        def checked(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+    def guard(name: str) -> None:
+        original = getattr(worker, name, None)
+        if original is None or hasattr(original, "mkv_original"):
+            return
+
+        @functools.wraps(original)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Asleep on level 1, weights wait in the CPU's memory.
             level = kwargs.get("level", args[0] if args else 1)
-            if getattr(self.model_runner.get_model(), "mkv_folded", False) and (_name != "sleep" or level == 2):
-                raise refuse("sleep of level 2" if _name == "sleep" else _name)
-            return _original(self, *args, **kwargs)
+            if getattr(self.model_runner.get_model(), "mkv_folded", False) and (name != "sleep" or level == 2):
+                raise refuse("sleep of level 2" if name == "sleep" else name)
+            return original(self, *args, **kwargs)
 
         checked.mkv_original = original  # type: ignore[attr-defined]
-        setattr(worker.Worker, name, functools.wraps(original)(checked))  # type: ignore[union-attr]
+        setattr(worker, name, checked)
+
+    for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard", "sleep"):
+        guard(name)
 
 
 def layer_index(layer_name: str) -> int:

@@ -36,8 +36,8 @@ def configure(vllm_config: VllmConfig) -> None:
     logger.info("%s", plan.describe())
     model = vllm_config.model_config
     warn_of_another_model(plan.adapter.config.base_model_name_or_path, model.model)
-    warn_of_long_rope(model, plan.adapter.config.made.get("context"))
     calibrated, longest = plan.adapter.config.made.get("context"), model.max_model_len
+    warn_of_long_rope(model, calibrated)
     window = model.get_sliding_window()
     if window is not None and window < longest and "sliding_window" in kinds_of_layers(vllm_config):
         logger.warning(
@@ -75,14 +75,15 @@ def warn_of_long_rope(model: ModelConfig, calibrated: object) -> None:
     )
     if rope.get("rope_type") != "longrope" or not isinstance(original, int) or not isinstance(calibrated, int):
         return
-    if (calibrated > original) != (model.max_model_len > original):
+    served_long = model.max_model_len > original
+    if (calibrated > original) != served_long:
         logger.warning(
             "MKV: this model has a rotary embedding for up to %d tokens and one for more; the adapter was made with "
             "one and is served with the other: worse than was measured. Calibrate and search with --context %d, or "
             "set --max-model-len to %d.",
             original,
-            original + 1 if model.max_model_len > original else original,
-            original if model.max_model_len > original else original + 1,
+            original + served_long,
+            original + (not served_long),
         )
 
 
