@@ -46,18 +46,18 @@ LEAST = tl.constexpr(1e-30)
 
 @triton.jit
 def load_code(query, row_mask, word, region, HALF: tl.constexpr, CODE: tl.constexpr):
-    """q' of a byte's code, [W, R] float32; 0 where there is none."""
+    """q' of a byte's code, [R, W] float32; 0 where there is none."""
     col, inside = coordinates_of(word, region, HALF, CODE)
-    # Two and two are neighbours, all tiers' words being even; said so that each thread gets words of its own, for only
-    # then does Triton keep them as products read them.
-    col = tl.max_contiguous(col, 2)
-    mask = inside[:, None] & row_mask[None, :]
-    return tl.load(query[None, :] + col[:, None], mask=mask, other=0.0).to(tl.float32)
+    mask = inside[None, :] & row_mask[:, None]
+    # Two and two are neighbours, all tiers' words being even; said so that neighbouring threads get neighbouring words,
+    # for only then do all versions of Triton keep them as products read them.
+    at = tl.max_contiguous(query[:, None] + col[None, :], [1, 2])
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
-    """What fields of keys are multiplied by, [KEY_WORDS, R] by tile, half and field; and the scores' constant, [R].
+    """What fields of keys are multiplied by, [R, KEY_WORDS] by tile, half and field; and the scores' constant, [R].
 
     Shapes: query [R] pointers.
     """
@@ -66,7 +66,7 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
     for tile in tl.static_range(0 + KEY[0]):
         word = words_in(tile, KEY_WORDS)
         _is_8, is_4, is_2 = tiers_of(word, region)
-        four, two = is_4[:, None], is_2[:, None]
+        four, two = is_4[None, :], is_2[None, :]
         for half in tl.static_range(2):
             q_0 = load_code(query, row_mask, word, region, half, 0)
             q_1 = load_code(query, row_mask, word, region, half, 1)
@@ -83,7 +83,7 @@ def weigh_queries(query, row_mask, region, R: tl.constexpr, KEY: tl.constexpr):
                 weights = weights + (low, high, first, third)  # type: ignore[assignment]  # noqa: RUF005
             else:
                 weights = weights + (low, high)  # type: ignore[assignment]  # noqa: RUF005
-            constant += tl.sum(rest, 0)
+            constant += tl.sum(rest, 1)
     return weights, constant
 
 
@@ -94,7 +94,7 @@ def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
     which no integer would show."""
     largest_low, largest_high = tl.zeros([R], dtype=tl.float32), tl.zeros([R], dtype=tl.float32)
     for i in tl.static_range(len(weights)):
-        largest = tl.max(tl.abs(weights[i]), 0)
+        largest = tl.max(tl.abs(weights[i]), 1)
         if i % 2 == 0:
             largest_low = tl.maximum(largest_low, largest)
         else:
@@ -104,8 +104,11 @@ def quantise_queries(weights, R: tl.constexpr, PTX: tl.constexpr):
     by = (1.0 / worth[0], 1.0 / worth[1])
     queries = ()
     for i in tl.static_range(len(weights)):
-        pairs = tl.reshape(bytes_of_numbers(rounded(weights[i], by[i % 2][None, :])), [KEY_WORDS, 2 * R])
-        queries = queries + (signed(pairs, low_bytes(R)[None, :], PTX),)  # type: ignore[assignment]  # noqa: RUF005
+        # Words are rows to the last, as `ldmatrix` takes them: else Triton 3.7 and 3.8 load them byte by byte.
+        numbers = rounded(weights[i], by[i % 2][:, None])
+        pairs = tl.reshape(tl.permute(bytes_of_numbers(numbers), (0, 2, 1)), [2 * R, KEY_WORDS])
+        pairs = signed(tl.trans(pairs), low_bytes(R)[None, :], PTX)
+        queries = queries + (pairs,)  # type: ignore[assignment]  # noqa: RUF005
     return queries, worth, zeros
 
 
