@@ -40,6 +40,7 @@ SHAPES = {
     "nothing-stored": ([("", "4x4"), ("16x1", ""), ("", "")], {}),
     "no-keys": ([("", "16x4"), ("", "16x1")], {"block_size": 48}),
     "no-values": ([("16x4", ""), ("16x1", "")], {"block_size": 48}),
+    "two-tiles": ([("16x8", "16x8"), ("16x1", "16x5"), ("16x5", "16x1"), ("16x2", "")], {"d": 128}),
     "many-tiles": ([("16x9", "16x1"), ("16x1", "16x9")], {"J": 2, "d": 128, "block_size": 48}),
 }
 
@@ -59,6 +60,21 @@ def test_bfloat16(make_layer, shape):
     layer = make_layer(*groups, **settings | {"dtype": torch.bfloat16})
     step = layer.step(SEQ_LENS, QUERIES)
     layer.check(run(layer, step), step)
+
+
+@pytest.mark.parametrize("shape", ["two-tiles", "uneven-ranks"])
+def test_two_tiles_of_values_as_one(make_layer, monkeypatch, shape):
+    """As Triton 3.9 has it on Hopper."""
+    groups, settings = SHAPES[shape]
+    layer = make_layer(*groups, **settings)
+    joined = layer.table.shapes.value.joined
+    assert (joined != layer.table.shapes.value) == (shape == "two-tiles") and joined.columns <= 128
+    step = layer.step(SEQ_LENS, QUERIES)
+    apart = run(layer, step)
+    monkeypatch.setattr(launch.Target, "joins_values", lambda self, dtype: True)
+    together = run(layer, step)
+    layer.check(together, step)
+    assert shape == "two-tiles" or torch.equal(together, apart)
 
 
 def test_long_prompts_behind_long_prefixes(make_layer):

@@ -123,7 +123,9 @@ def load_tiles(
         of_page = tl.where(place // STRETCH == i, begin, of_page)
     # Of 64 bits there is a number per token; within the page, 32 do, which most of is the same for all tokens.
     of_page = tl.multiple_of(of_page, 16)
-    within = (offset * ITEM + slot * size * ITEM)[:, None] + (col * ITEM)[None, :]
+    # A thread has every eighth token or less often, and so two slots of a page: in two parts, the compiler sees that.
+    of_slot = slot % 8 * (size * ITEM) + slot // 8 * (size * (8 * ITEM))
+    within = (offset * ITEM + of_slot)[:, None] + (col * ITEM)[None, :]
     at = (page.to(tl.pointer_type(tl.int8), bitcast=True) + of_page)[:, None] + within.to(tl.uint32)
     at = tl.max_contiguous(tl.multiple_of(at.to(tl.pointer_type(DTYPE), bitcast=True), [1, 16]), [1, C])
     tiles = ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -20,6 +21,7 @@ SHARED_BYTES, ROOMY_SHARED_BYTES = 88 * 1024, 160 * 1024
 of data centres since Hopper."""
 INTEGER_REGISTERS = 128
 """Per thread, for small layers in `integer`: 16 programs then share a multiprocessor."""
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,6 +74,11 @@ class Target:
     def prefill_bytes(self) -> int:
         """Shared memory that a program of prefill may take; of decode, several should fit."""
         return ROOMY_SHARED_BYTES if self.roomy else SHARED_BYTES
+
+    def joins_values(self, dtype: torch.dtype) -> bool:
+        """Whether `exact` takes two tiles of values as one. Of more products per tile of tokens, the assembler that is
+        Triton's from 3.9 on (of CUDA 13.3 and later) has Hopper wait for each, for want of registers."""
+        return self.generation == 9 and dtype != torch.float32 and TRITON >= (3, 9)
 
     def unpacks_in_ptx(self, dtype: torch.dtype) -> bool:
         """Where there is PTX; it computes in 16 bits."""

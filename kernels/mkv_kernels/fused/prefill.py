@@ -233,6 +233,10 @@ def prefill(
     tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)
     sides = shapes.operands if tiles.in_warp else shapes
     assert sides is not None
+    exact = not shapes.coded and target.has_exact_loop
+    # With a window, there are waits nevertheless.
+    join = exact and window == 0 and target.joins_values(query.dtype)
+    value = sides.value.joined if join else sides.value
     queries = tiles.rows // M
     on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
         query,
@@ -266,7 +270,7 @@ def prefill(
         PTX=target.unpacks_in_ptx(query.dtype),
         RAISED=target.raises_values(query.dtype),
         KEY=sides.key.constants,
-        VALUE=sides.value.constants,
+        VALUE=value.constants,
         D=d,
         D_PADDED=power_of_two(d),
         FOLDED=folded,
@@ -274,6 +278,6 @@ def prefill(
         WINDOW=window,
         SOFT_CAP=soft_cap,
         IN_WARP=tiles.in_warp,
-        EXACT=not shapes.coded and target.has_exact_loop,
+        EXACT=exact,
         num_warps=tiles.warps,
     )

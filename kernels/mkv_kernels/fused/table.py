@@ -65,6 +65,13 @@ class SideShape:
         return sum(chunk * tile * size for chunk, tile, size in zip(self.chunks, self.tiles, sizes, strict=True))
 
     @property
+    def joined(self) -> SideShape:
+        """With two tiles of 64 coordinates as one. Of groups that have but one, the other is zeros."""
+        if self.chunks[0] == 64 and self.tiles[0] == 2:
+            return SideShape((128, *self.chunks[1:]), (1, *self.tiles[1:]), (1, *self.certain[1:]))
+        return self
+
+    @property
     def constants(self) -> tuple[tuple[int, ...], ...]:
         """As the kernels take them."""
         return (self.chunks, self.tiles, self.certain)
