@@ -10,16 +10,17 @@ is launched there. One line per kernel:
 
     regs     registers per thread
     spills   bytes per thread that registers did not suffice for
-    moves    instructions of the longest loop that store or load such bytes
+    moves    instructions of a loop that store or load such bytes, the most of all loops
+    waits    for Hopper's products, more than Triton asks for: where the assembler has it wait for each, few overlap
     shared   bytes of shared memory per program
     mma      tensor-core instructions
     code     instructions in all
-    loop     instructions of the longest loop: of attention, what a tile of tokens takes
+    loop     instructions of the longest loop with none inside: of attention, what a tile of tokens takes
     loads    global loads of keys and values, as bytes per thread x how many instructions load as many
 
-The bar: no spills, shared memory that every GPU of the architecture has, tensor cores in decode and prefill, and keys
-and values loaded 16 bytes at a time. `KNOWN` in compile_cases.py lists what is beyond it and why; anything else that
-is, or does not compile, makes the exit status 1. Triton caches what it compiled: for timings, set
+The bar: no spills, no such waits, shared memory that every GPU of the architecture has, tensor cores in decode and
+prefill, and keys and values loaded 16 bytes at a time. `KNOWN` in compile_cases.py lists what is beyond it and why;
+anything else that is, or does not compile, makes the exit status 1. Triton caches what it compiled: for timings, set
 TRITON_ALWAYS_COMPILE=1.
 """
 
@@ -72,15 +73,18 @@ class Row(Found):
         verdict = "; ".join(
             f"{word} {', '.join(which)}" for word, which in (("BEYOND", self.beyond), ("known", self.known)) if which
         )
-        numbers = (self.warps, self.registers, self.spills, self.moves, self.shared, self.mma, self.code, self.loop)
+        numbers = (
+            self.warps, self.registers, self.spills, self.moves, self.waits, self.shared, self.mma, self.code,
+            self.loop,
+        )  # fmt: skip
         return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, verdict or "ok")
 
 
 HEAD = (
-    "arch", "case", "launch", "kernel", "warps", "regs", "spills", "moves", "shared", "mma", "code", "loop", "loads",
-    "verdict",
+    "arch", "case", "launch", "kernel", "warps", "regs", "spills", "moves", "waits", "shared", "mma", "code", "loop",
+    "loads", "verdict",
 )  # fmt: skip
-WIDTHS = (6, 18, 11, 7, 5, 4, 6, 5, 6, 4, 5, 4, 18, 0)
+WIDTHS = (6, 18, 11, 7, 5, 4, 6, 5, 5, 6, 4, 5, 4, 18, 0)
 
 
 def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:
@@ -116,6 +120,8 @@ def judge(row: Row, shared_bar: int | None) -> None:
         beyond["spills"] = row.spills
         if row.moves > 0:
             beyond["moves"] = row.moves
+    if row.waits > 0:
+        beyond["waits"] = row.waits
     if row.shared > shared:
         beyond["shared"] = row.shared
     if row.kernel in ATTENTION:
@@ -139,7 +145,7 @@ def is_known(known: Known, row: Row, number: int) -> bool:
 
 def line_of(cells: tuple[str, ...]) -> str:
     return " ".join(
-        cell.rjust(width) if 4 <= place <= 11 else cell.ljust(width)
+        cell.rjust(width) if 4 <= place <= 12 else cell.ljust(width)
         for place, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))
     ).rstrip()
 

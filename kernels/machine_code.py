@@ -29,12 +29,19 @@ NVIDIA_LINE = re.compile(
     r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]+)(?:.*`\((?P<to>\.L\w+)\))?"
 )
 AMD_LINE = re.compile(r"\s+(?P<opcode>[a-z]+_\w+)(?:\s+(?P<to>\.L\w+))?")
+MOST_WAITING = 40
+"""Instructions of a loop that waits: for a barrier of copies or products, or for other programs."""
 SPILL_MOVES = ("LDL", "STL", "scratch_load", "scratch_store")
 
 
 @dataclass
 class Found:
-    """What a kernel's compiled code says of itself; `loads` counts the instructions by bytes per thread."""
+    """What a kernel's compiled code says of itself.
+
+    loop, moves: see `loops`.
+    waits: for Hopper's products, beyond those that Triton asked for.
+    loads: instructions that load keys and values, by bytes per thread.
+    """
 
     registers: int
     spills: int
@@ -42,6 +49,7 @@ class Found:
     code: int
     loop: int
     moves: int
+    waits: int
     loads: dict[int, int]
 
 
@@ -72,35 +80,45 @@ def read_nvidia(kernel: Any) -> tuple[Found, str]:
         )  # fmt: skip
     opcodes: Counter[str] = Counter()
     loads: Counter[int] = Counter()
+    # Where the assembler has too few registers, or products and other instructions write to the same ones, it has
+    # every product waited for.
+    waits = -kernel.asm["ptx"].count("wgmma.wait_group")
     for instruction, in_load_tile in nvidia_instructions(code):
         opcode, *modifiers = instruction.split(".")
         opcodes[opcode] += 1
+        waits += instruction.startswith("WARPGROUP.DEPBAR")
         if in_load_tile and opcode in ("LDG", "LDGSTS"):
             bits = [int(m[1]) for modifier in modifiers if (m := re.fullmatch(r"[US]?(8|16|32|64|128)", modifier))]
             loads[bits[-1] // 8 if bits else 4] += 1
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     mma = sum(opcodes[name] for name in NVIDIA_MMA)
-    return Found(registers, stack, mma, opcodes.total(), *longest_loop(code, NVIDIA_LINE), dict(loads)), code
+    return Found(registers, stack, mma, opcodes.total(), *loops(code, NVIDIA_LINE), waits, dict(loads)), code
 
 
-def longest_loop(code: str, line_of_code: re.Pattern[str]) -> tuple[int, int]:
-    """Instructions from a label to the last branch back to it, the most of all labels; and how many of them move what
-    registers do not hold.
+def loops(code: str, line_of_code: re.Pattern[str]) -> tuple[int, int]:
+    """Of loops with none inside: instructions of the longest, and how many move what registers do not hold, the most
+    of all.
+
+    A loop is from a label to the last branch back to it. One of a few instructions waits for something, and is none.
+    Code that is behind the kernel's end and branches back into it looks like one that has loops inside.
 
     Args:
         line_of_code: of an instruction: its `opcode`, and `to`, the label that it branches to, if any.
     """
     begins: dict[str, int] = {}
+    ends: dict[int, int] = {}
     opcodes: list[str] = []
-    longest: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             begins[label[1]] = len(opcodes)
         elif instruction := line_of_code.match(line):
             opcodes.append(instruction["opcode"])
             if instruction["to"] in begins:
-                longest = max(longest, opcodes[begins[instruction["to"]] :], key=len)
-    return len(longest), sum(opcode.startswith(SPILL_MOVES) for opcode in longest)
+                ends[begins[instruction["to"]]] = len(opcodes)
+    spans = [(begin, end) for begin, end in ends.items() if end - begin > MOST_WAITING]
+    innermost = [opcodes[begin:end] for begin, end in spans if not any(begin < other < end for other, _ in spans)]
+    moves = (sum(opcode.startswith(SPILL_MOVES) for opcode in loop) for loop in innermost)
+    return max(map(len, innermost), default=0), max(moves, default=0)
 
 
 def nvidia_instructions(code: str) -> Iterator[tuple[str, bool]]:
@@ -137,4 +155,4 @@ def read_amd(kernel: Any) -> tuple[Found, str]:
         int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
         for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Found(registers, scratch, mma, count, *longest_loop(code, AMD_LINE), dict(loads)), code
+    return Found(registers, scratch, mma, count, *loops(code, AMD_LINE), 0, dict(loads)), code
