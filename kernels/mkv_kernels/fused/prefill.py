@@ -234,8 +234,8 @@ def prefill(
     sides = shapes.operands if tiles.in_warp else shapes
     assert sides is not None
     exact = not shapes.coded and target.has_exact_loop
-    # With a window, there are waits nevertheless.
-    join = exact and window == 0 and target.joins_values(query.dtype)
+    # With a window there are waits nevertheless, and where D follows, 8 warps, which have registers enough.
+    join = exact and folded and window == 0 and target.joins_values(query.dtype)
     value = sides.value.joined if join else sides.value
     queries = tiles.rows // M
     on(_prefill_kernel, (T // queries + num_requests, table.num_groups * table.group_heads))(
