@@ -187,6 +187,7 @@ KNOWN = (
     Known("spills", 8, "ranks-j4", "prefill", "80", ACROSS),
     Known("spills", 8, "narrow-tiers-j4", "attend", "100", ACROSS),
     Known("spills", 24, "*", "prefill", "100", ACROSS),
+    Known("moves", 1, "*", "prefill", "100", ACROSS),
     Known("spills", 152, "*", "prefill", "90", HOPPER),
     Known("moves", 19, "*", "prefill", "90", HOPPER),
     Known("waits", 132, "*-window", "prefill", "90", "CUDA 13.3's assembler (Triton 3.9) has such code wait"),
