@@ -176,6 +176,7 @@ CAPPED = "128 registers at most, so that 16 programs share a multiprocessor"
 HOPPER = "accumulators, scores and powers of 128 rows of 4 warps leave 30 registers for all else"
 MANY = "5 or 6 tiers, and more than 700 columns of values"
 WARP = "accumulators of one warp, and what its loops have in common, take all registers of a thread"
+SUMS = "a product over 1024 coordinates that is not a loop"
 KNOWN = (
     Known("loads", 2, "*tiers-j8", "*", "*", NARROW),
     Known("loads", 4, "narrow-tiers-j4", "*", "*", NARROW),
@@ -199,7 +200,8 @@ KNOWN = (
     Known("moves", 14, "*tiers-j[12]*", "attend", "*0*", WARP),
     Known("spills", 80, "*tiers-j8", "attend", "*0*", MANY),
     Known("moves", 17, "*tiers-j8", "attend", "*0*", MANY),
-    Known("spills", 8, "full-rank-j8", "expand", "100", "a product over 1024 coordinates that is not a loop"),
+    Known("spills", 8, "full-rank-j8", "expand", "100", SUMS),
+    Known("moves", 1, "full-rank-j8", "expand", "100", SUMS),
 )
 """With Triton 3.7 to 3.9, whose compilers differ in what they spill. What vLLM has is `make env`'s."""
 
