@@ -42,7 +42,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, Known, launcher
+from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, launcher
 from compile_only import ARCHITECTURES, CompileOnly, backend_of, compiled_by
 from machine_code import Found, read_amd, read_nvidia
 from triton.runtime.driver import driver
@@ -131,16 +131,12 @@ def judge(row: Row, shared_bar: int | None) -> None:
         if row.mma == 0:
             beyond["mma"] = 0
     for measure, number in beyond.items():
-        known = next((k for k in KNOWN if k.measure == measure and is_known(k, row, number)), None)
+        covering = (known for known in KNOWN if known.covers(row.case, row.kernel, row.arch))
+        known = next((known for known in covering if known.allows(measure, number)), None)
         if known is None:
             row.beyond.append(f"{measure} {number}")
         else:
             row.known[f"{measure} {number}"] = known.reason
-
-
-def is_known(known: Known, row: Row, number: int) -> bool:
-    within = number >= known.limit if known.measure in ("loads", "mma") else number <= known.limit
-    return within and known.covers(row.case, row.kernel, row.arch)
 
 
 def line_of(cells: tuple[str, ...]) -> str:

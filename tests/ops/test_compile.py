@@ -41,12 +41,9 @@ def test_decode_and_prefill_meet_the_bar(case: str, kernels: list[str], tmp_path
             assert row["mma"] > 0 and set(row["loads"]) == {"16"} and 0 < row["loop"] < row["code"]
 
 
-def test_loops_are_the_innermost() -> None:
-    sys.path.insert(0, str(CHECK.parent))
-    try:
-        machine_code = importlib.import_module("machine_code")
-    finally:
-        sys.path.remove(str(CHECK.parent))
+def test_loops_are_the_innermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CHECK.parent)
+    machine_code = importlib.import_module("machine_code")
     waiting = [".L_x_1:", " /*0020*/ LDL R1, [R2] ;", " /*0030*/ @P0 BRA `(.L_x_1) ;"]
     inner = [".L_x_2:", *waiting, *[" /*0040*/ FADD R1, R1, R2 ;"] * 50, " /*0080*/ BRA `(.L_x_2) ;"]
     outer = [".L_x_0:", *[" /*0000*/ STL [R1], R2 ;"] * 60, *inner, " /*00a0*/ BRA `(.L_x_0) ;"]
