@@ -32,6 +32,9 @@ else
 PYTEST := $(BIN)/pytest
 endif
 
+# Where bytecode is not kept, every process compiles torch and vLLM anew, for longer than most tests then run.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help env test test-fast compile-check lint format demo clean
 
 help:  ## what there is
