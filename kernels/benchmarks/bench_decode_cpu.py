@@ -51,11 +51,13 @@ VLLM_BLOCK = 128
 
 def vllm_runs(shape: Shape, setting: Setting, head_size: int) -> tuple[Run, Run]:
     """vLLM's operator on a cache of its own, and the same with the storing of the step's tokens before it."""
-    import vllm._C  # noqa: F401
     from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     geometry, dtype = setting.geometry, setting.dtype
+    # Those of this processor: others' have instructions that it may not know.
+    current_platform.import_kernels()
     isa = _get_attn_isa(dtype, VLLM_BLOCK, head_size)
     own = Setting(geometry, setting.device, dtype, VLLM_BLOCK)
     requests = Requests.make(shape, own)
