@@ -185,7 +185,7 @@ def test_leaves_modules_open_to_inspection():
 
 @pytest.mark.parametrize(("processor", "feature"), [("haswell", "avx2"), ("skylake-avx512", "avx512bw")])
 def test_processors_without_bfloat16(processor, feature, tmp_path):
-    if not decode.binding.get_host_cpu_features().get(feature):
+    if not vector.processor_has(feature):
         pytest.skip(f"the processor has no {feature}")
     settings = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     chosen = [

@@ -7,21 +7,17 @@ import math
 
 import numpy as np
 import torch
-from llvmlite import binding
-from numba import config
 
 from mkv_kernels.bases import LayerBases
 from mkv_kernels.compiled.chunk import CHUNK, num_fours
 from mkv_kernels.compiled.entry import parallel, run_on_threads
-from mkv_kernels.compiled.tile import operand_bytes
-from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT
+from mkv_kernels.compiled.tile import ROWS, operand_bytes
+from mkv_kernels.compiled.vector import BFLOAT16, FLOAT16, FLOAT32, LANES, PAIRS, UNIT, processor_has
 from mkv_kernels.compiled.worker import GROUP, STEP, compile_worker, scratch_bytes
 from mkv_kernels.layout import SideLayout, check_block_size
 from mkv_kernels.schedule import Decodes
 
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
-ROWS = 4
-"""Query heads of a tile: with 4 tokens, 16 sums of the 32 registers of AVX-512."""
 TASKS_PER_THREAD = 4
 """So many at least where contexts are long: groups differ in bytes, and cores in what else they do."""
 LEAST_SPLIT = 2 * CHUNK
@@ -29,11 +25,8 @@ LEAST_SPLIT = 2 * CHUNK
 
 def kind_of(dtype: torch.dtype) -> int:
     """What numbers of a dtype are to the processor."""
-    # numba may have been told to compile for another processor.
-    if dtype == torch.bfloat16 and config.CPU_NAME is None:
-        features = binding.get_host_cpu_features()
-        if features.get("avx512bf16") and features.get("avx512bw"):
-            return PAIRS
+    if dtype == torch.bfloat16 and processor_has("avx512bf16") and processor_has("avx512bw"):
+        return PAIRS
     return KINDS[dtype]
 
 

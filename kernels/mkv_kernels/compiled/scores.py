@@ -2,8 +2,8 @@
 """What the decode kernel does with keys, as functions that numba code calls with addresses.
 
 scales        of 16 tokens, as floats; of keys or values
-code_scores   s[row, token] = sum_r q[row, r] k[token, r] scale     rows of a tile, 64 tokens, coordinates with codes
-scores        s[row, token] += sum_r q[row, r] k[token, r]          rows of a tile, 4 tokens, the 16-bit tier
+code_scores   s[row, token] = sum_r q[row, r] k[token, r] scale     rows of a tile, `STRIPS`, coordinates with codes
+scores        s[row, token] += sum_r q[row, r] k[token, r]          rows of a tile, `TOKENS`, the 16-bit tier
 cap           s[token] = c tanh(s[token] a)                         of one row
 largest       of one row
 """
@@ -67,7 +67,7 @@ def scales(typingctx: Any, codes: Any, out: Any) -> Any:
 def code_scores(
     typingctx: Any, q: Any, strips: Any, side: Any, scales: Any, out: Any, stride: Any, step: Any, rows: Any, kind: Any
 ) -> Any:
-    """Scores of `rows` query heads against 64 tokens, of the coordinates that have codes.
+    """Scores of `rows` query heads against `STRIPS` of 16 tokens, of the coordinates that have codes.
 
     Addresses: q, entries of 4 bytes [words, parts, rows], for PAIRS of two parts each; strips, int64, where the first
     word of 16 tokens would lie in their page; side, its fields; scales, floats of the tokens; out, floats, rows
@@ -128,7 +128,7 @@ def code_scores(
 def scores(
     typingctx: Any, q: Any, pages: Any, slots: Any, side: Any, more: Any, out: Any, stride: Any, rows: Any, kind: Any
 ) -> Any:
-    """Scores of `rows` query heads against 4 tokens, of the 16-bit tier; added to what is there where `more` is not 0.
+    """Scores of `rows` query heads against `TOKENS`, of the 16-bit tier; added to what is there where `more` is not 0.
 
     Addresses: q, operands [units, rows]; pages and slots, int64 of the tokens; side, its fields; out, floats, rows
     `stride` bytes apart.

@@ -18,6 +18,7 @@ from mkv_kernels.compiled.vector import (
     I64,
     ITEMSIZE,
     LANES,
+    MOST_SUMS,
     NUMBER,
     PAIRS,
     STRIP,
@@ -34,9 +35,11 @@ def lengths(number: int) -> tuple[int, ...]:
     return (0,) * number
 
 
-TOKENS = 4
-"""Of a tile of scores: with 4 rows, 16 sums."""
-STRIPS = 4
+ROWS = 4
+"""Query heads of a tile."""
+TOKENS = MOST_SUMS // ROWS
+"""Of a tile of scores."""
+STRIPS = MOST_SUMS // ROWS
 """Of 16 tokens, of a tile of scores of codes."""
 SIDE_FIELDS = 9
 """Of one side of a latent group: offset and coordinates of the 16-bit tier; offset and words per token of the tiers of

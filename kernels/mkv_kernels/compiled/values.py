@@ -34,6 +34,7 @@ from mkv_kernels.compiled.vector import (
     load_numbers,
     load_operands,
     load_strip,
+    loops_of,
     multiply_add,
     odd_floats,
     splat,
@@ -115,23 +116,24 @@ def weigh_codes(
         out, weights, stride, strips, num_turns, offset = arguments[:6]
         row_weights = [builder.add(weights, builder.mul(stride, I64(row))) for row in range(num_rows)]
         sums = Sums(builder, 4 * num_rows)
-        with steps(builder, num_turns) as turn:
-            p = [
-                load_operands(builder, number, builder.add(row, builder.shl(turn, I64(6))), LANES)[0]
-                for row in row_weights
-            ]
-            at = builder.add(strips, builder.shl(turn, I64(4 if number == PAIRS else 3)))
-            strip = load_strip(builder, builder.add(load(builder, I64, at), offset))
-            if number == PAIRS:
-                after = load_strip(builder, builder.add(load(builder, I64, at, 8), offset))
-            for part in range(4):
+        for parts in loops_of(range(4), num_rows):
+            with steps(builder, num_turns) as turn:
+                p = [
+                    load_operands(builder, number, builder.add(row, builder.shl(turn, I64(6))), LANES)[0]
+                    for row in row_weights
+                ]
+                at = builder.add(strips, builder.shl(turn, I64(4 if number == PAIRS else 3)))
+                strip = load_strip(builder, builder.add(load(builder, I64, at), offset))
                 if number == PAIRS:
-                    v = token_pairs(builder, strip, after, width, first_part + part)
-                else:
-                    v = odd_floats(builder, strip, width, first_part + part)
-                for row in range(num_rows):
-                    total = part * num_rows + row
-                    sums[total] = multiply_add(builder, number, sums[total], p[row], v)
+                    after = load_strip(builder, builder.add(load(builder, I64, at, 8), offset))
+                for part in parts:
+                    if number == PAIRS:
+                        v = token_pairs(builder, strip, after, width, first_part + part)
+                    else:
+                        v = odd_floats(builder, strip, width, first_part + part)
+                    for row in range(num_rows):
+                        total = part * num_rows + row
+                        sums[total] = multiply_add(builder, number, sums[total], p[row], v)
         found = lane_sums(builder, [sums[i] for i in range(4 * num_rows)])
         store(builder, builder.fadd(load(builder, FLOATS, out), found), out)
         return context.get_dummy_value()
@@ -182,31 +184,31 @@ def weigh(
         def place(unit: int, row: int, i: int) -> int:
             return 4 * ((unit * num_rows + row) * UNIT + i * LANES)
 
-        where = [
-            (unit, row, i) for unit in range(num_units) for row in range(num_rows) for i in range(operands_per_unit)
-        ]
-        sums = Sums(builder, len(where))
-        for index, at in enumerate(where):
-            sums[index] = load(builder, FLOATS, out, place(*at))
+        places = [(unit, i) for unit in range(num_units) for i in range(operands_per_unit)]
+        where = [(unit, row, i) for unit, i in places for row in range(num_rows)]
         row_weights = [builder.add(weights, builder.mul(stride, I64(row))) for row in range(num_rows)]
         # An odd token more has no weight.
         count = builder.lshr(builder.add(num_tokens, I64(step - 1)), I64(step - 1))
-        with steps(builder, count) as turn:
-            token = builder.mul(turn, I64(step))
-            units = units_of(token)
-            if number == PAIRS:
-                after = units_of(builder.add(token, I64(1)))
-                units = [interleaved(builder, a[0], b[0]) for a, b in zip(units, after, strict=True)]
-            at = builder.shl(turn, I64(2))
-            if number == PAIRS:
-                pairs = [splat(builder, load(builder, I32, builder.add(row, at))) for row in row_weights]
-                p = [builder.bitcast(pair, BFLOATS) for pair in pairs]
-            else:
-                p = [splat(builder, load(builder, F32, builder.add(row, at))) for row in row_weights]
-            for index, (unit, row, i) in enumerate(where):
-                sums[index] = multiply_add(builder, number, sums[index], p[row], units[unit][i])
-        for index, at in enumerate(where):
-            store(builder, sums[index], out, place(*at))
+        for together in loops_of(where, 1):
+            sums = Sums(builder, len(together))
+            for index, at in enumerate(together):
+                sums[index] = load(builder, FLOATS, out, place(*at))
+            with steps(builder, count) as turn:
+                token = builder.mul(turn, I64(step))
+                units = units_of(token)
+                if number == PAIRS:
+                    after = units_of(builder.add(token, I64(1)))
+                    units = [interleaved(builder, a[0], b[0]) for a, b in zip(units, after, strict=True)]
+                at = builder.shl(turn, I64(2))
+                if number == PAIRS:
+                    pairs = [splat(builder, load(builder, I32, builder.add(row, at))) for row in row_weights]
+                    p = [builder.bitcast(pair, BFLOATS) for pair in pairs]
+                else:
+                    p = [splat(builder, load(builder, F32, builder.add(row, at))) for row in row_weights]
+                for index, (unit, row, i) in enumerate(together):
+                    sums[index] = multiply_add(builder, number, sums[index], p[row], units[unit][i])
+            for index, at in enumerate(together):
+                store(builder, sums[index], out, place(*at))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8, form, rows, kind), codegen

@@ -18,13 +18,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
+from numba import config
 from numba.core import cgutils
 
 FLOAT32, FLOAT16, BFLOAT16, PAIRS = range(4)
 """Kinds of numbers: of the model's dtype. PAIRS is bfloat16 on processors that multiply it (AVX512-BF16)."""
 ITEMSIZE = (4, 2, 2, 2)
 LANES, UNIT = 16, 32
+
+
+def processor_has(feature: str) -> bool:
+    """By LLVM's name. False where numba was told to compile for another processor than this one."""
+    return config.CPU_NAME is None and bool(binding.get_host_cpu_features().get(feature))
+
+
+MOST_SUMS = 16 if processor_has("avx512f") else 4
+"""Vectors of 16 floats that a loop may add to. AVX-512 has 32 registers of that size; elsewhere such a vector takes two
+or four of 16 or 32, and loops are cut."""
 
 
 class _BFloat(ir.types.Type):
@@ -93,7 +104,7 @@ def steps(builder: Any, count: Value) -> Iterator[Value]:
 
 
 class Sums:
-    """Vectors of 16 floats that a loop adds to. LLVM keeps them in registers."""
+    """Vectors of 16 floats that a loop adds to. LLVM keeps them in registers, if they are `MOST_SUMS` at most."""
 
     def __init__(self, builder: Any, count: int) -> None:
         self.builder = builder
@@ -106,6 +117,12 @@ class Sums:
 
     def __setitem__(self, index: int, value: Value) -> None:
         self.builder.store(value, self.slots[index])
+
+
+def loops_of(items: Sequence[Any], sums_per_item: int) -> list[Sequence[Any]]:
+    """Items by the loop that adds to their sums."""
+    at_once = max(1, MOST_SUMS // sums_per_item)
+    return [items[first : first + at_once] for first in range(0, len(items), at_once)]
 
 
 def fma(builder: Any, a: Value, b: Value, c: Value) -> Value:
@@ -194,16 +211,21 @@ def _bfloat16(odd: int) -> int:
 
 def lane_sums(builder: Any, vectors: Sequence[Value]) -> Value:
     """Sums over the lanes of up to 16 vectors, a power of two of them: lane i has that of vector i mod their number."""
-    found = list(vectors)
-    for block in (1, 2, 4, 8):
-        found = [found[0], found[0]] if len(found) == 1 else found
-        lanes = range(LANES)
-        first = [2 * block * (i // (2 * block)) + i % block + (LANES if i & block else 0) for i in lanes]
+    found, lanes = list(vectors), LANES
+    while lanes > len(vectors):
+        # Halves are registers of their own, or parts that cost nothing to take.
+        lanes //= 2
+        halves = [[shuffle(builder, x, x, range(at, at + lanes)) for at in (0, lanes)] for x in found]
+        found = [builder.fadd(lower, upper) for lower, upper in halves]
+    block = 1
+    while len(found) > 1:
+        first = [i // (2 * block) * 2 * block + i % block + (lanes if i & block else 0) for i in range(lanes)]
         found = [
             builder.fadd(shuffle(builder, a, b, first), shuffle(builder, a, b, [lane + block for lane in first]))
             for a, b in zip(found[::2], found[1::2], strict=True)
         ]
-    return found[0]
+        block *= 2
+    return shuffle(builder, found[0], found[0], [i % lanes for i in range(LANES)])
 
 
 def interleaved(builder: Any, a: Value, b: Value) -> list[Value]:
