@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
+sys.path.insert(0, os.path.dirname(__file__))
+from interpreter import hasten
 
 from mkv_kernels.attend import attend
 from mkv_kernels.bases import LayerBases
@@ -47,35 +49,12 @@ def import_interpreted() -> None:
         del os.environ["TRITON_INTERPRET"]
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
-    hasten_interpreter()
-
-
-def hasten_interpreter() -> None:
-    """Halves the time of interpreted kernels, most of which is not their arithmetic.
-
-    Triton puts its interpreted language in place of the compiled one at every call of a function within a kernel, also
-    where it is there already; and it checks all sums and products of indices for overflow, which the sizes of these
-    tests are far from.
-    """
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    patch, options = interpreter._patch_lang, interpreter.interpreter_builder.options
-
-    def patch_what_is_not(fn):
-        languages = [value for value in (tl, tl.core) if value in map(fn.__globals__.get, ("tl", "core"))]
-        if not languages or any(tl.core.is_builtin(language.load) for language in languages):
-            return patch(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_what_is_not
-    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    hasten()
 
 
 ARCH = os.environ.get("MKV_RUN_PTX", "")
 """Where set, kernels are compiled for it and their PTX is run, which takes a while; see `compiled_for_gpu`."""
 if ARCH:
-    sys.path.insert(0, os.path.dirname(__file__))
     import compiled_for_gpu
 
     compiled_for_gpu.install(ARCH)

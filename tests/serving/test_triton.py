@@ -7,18 +7,23 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.engine
 
+INTERPRETER = Path(__file__).parents[1] / "ops"
+
 # Triton decides when its kernels are imported, so the engines run in a process of their own.
 GENERATE = """
 import json, sys
+from interpreter import hasten
 from vllm import SamplingParams
 from vllm_mkv.serving.score import running_engine
 
+hasten()
 runs, prompts, num_tokens = json.loads(sys.argv[1])
 parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
 results = []
@@ -33,7 +38,7 @@ print("RESULT", json.dumps(results))
 
 def generate(runs, prompts, num_tokens=6, **environment):
     """Tokens and log-probabilities per run and prompt."""
-    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
+    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(INTERPRETER)} | environment
     command = [sys.executable, "-c", GENERATE, json.dumps([runs, prompts, num_tokens])]
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
     results = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
