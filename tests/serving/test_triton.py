@@ -19,9 +19,11 @@ INTERPRETER = Path(__file__).parents[1] / "ops"
 # Triton decides when its kernels are imported, so the engines run in a process of their own.
 GENERATE = """
 import json, sys
-from interpreter import hasten
 from vllm import SamplingParams
 from vllm_mkv.serving.score import running_engine
+
+sys.path.insert(0, sys.argv[2])
+from interpreter import hasten
 
 hasten()
 runs, prompts, num_tokens = json.loads(sys.argv[1])
@@ -38,8 +40,8 @@ print("RESULT", json.dumps(results))
 
 def generate(runs, prompts, num_tokens=6, **environment):
     """Tokens and log-probabilities per run and prompt."""
-    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(INTERPRETER)} | environment
-    command = [sys.executable, "-c", GENERATE, json.dumps([runs, prompts, num_tokens])]
+    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-c", GENERATE, json.dumps([runs, prompts, num_tokens]), str(INTERPRETER)]
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
     results = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, ran.stdout[-4000:] + ran.stderr[-4000:]
