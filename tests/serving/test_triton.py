@@ -14,38 +14,57 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-INTERPRETER = Path(__file__).parents[1] / "ops"
-
+HERE = Path(__file__).parent
 # Triton decides when its kernels are imported, so the engines run in a process of their own.
-GENERATE = """
+ENGINES = """
 import json, sys
 from vllm import SamplingParams
 from vllm_mkv.serving.score import running_engine
 
-sys.path.insert(0, sys.argv[2])
+sys.path += sys.argv[1:]
+from conftest import hasten_starts
 from interpreter import hasten
 
 hasten()
-runs, prompts, num_tokens = json.loads(sys.argv[1])
-parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
-results = []
-for settings in runs:
-    with running_engine(settings) as engine:
-        outputs = [output.outputs[0] for output in engine.generate(prompts, parameters, use_tqdm=False)]
-        logprobs = [[entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs)] for o in outputs]
-        results.append(([list(o.token_ids) for o in outputs], logprobs))
-print("RESULT", json.dumps(results))
+for line in sys.stdin:
+    runs, prompts, num_tokens = json.loads(line)
+    parameters = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+    results = []
+    for settings in runs:
+        hasten_starts()
+        with running_engine(settings) as engine:
+            outputs = [output.outputs[0] for output in engine.generate(prompts, parameters, use_tqdm=False)]
+            logprobs = [[entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs)] for o in outputs]
+            results.append(([list(o.token_ids) for o in outputs], logprobs))
+    print("RESULT", json.dumps(results), flush=True)
 """
 
 
-def generate(runs, prompts, num_tokens=6, **environment):
-    """Tokens and log-probabilities per run and prompt."""
-    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-c", GENERATE, json.dumps([runs, prompts, num_tokens]), str(INTERPRETER)]
-    ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
-    results = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, ran.stdout[-4000:] + ran.stderr[-4000:]
-    return json.loads(results[0].removeprefix("RESULT "))
+@pytest.fixture(scope="module")
+def generate(tmp_path_factory):
+    """`generate(runs, prompts, num_tokens=6)`: tokens and log-probabilities per run and prompt."""
+    said = tmp_path_factory.mktemp("engines") / "stderr.txt"
+    own = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ENGINES, str(HERE), str(HERE.parent / "ops")]
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(
+            command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as engines,
+    ):
+
+        def run(runs, prompts, num_tokens=6):
+            engines.stdin.write(json.dumps([runs, prompts, num_tokens]) + "\n")
+            engines.stdin.flush()
+            others = []
+            for line in engines.stdout:
+                if line.startswith("RESULT "):
+                    return json.loads(line.removeprefix("RESULT "))
+                others.append(line)
+            raise AssertionError("".join(others)[-4000:] + said.read_text()[-4000:])
+
+        yield run
+        engines.stdin.close()
 
 
 def with_kernels(serving, model, adapter, budget, kernels, **options):
@@ -55,7 +74,7 @@ def with_kernels(serving, model, adapter, budget, kernels, **options):
 
 
 @pytest.mark.parametrize("group_heads", [1, 2])
-def test_ranks_give_what_pytorch_gives(group_heads, tiny_model, make_adapter, uneven_path, serving):
+def test_ranks_give_what_pytorch_gives(group_heads, tiny_model, make_adapter, uneven_path, serving, generate):
     from vllm_mkv.adapter import Adapter
 
     model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
@@ -71,7 +90,7 @@ def test_ranks_give_what_pytorch_gives(group_heads, tiny_model, make_adapter, un
     np.testing.assert_allclose(np.concatenate(triton_logprobs), np.concatenate(logprobs), atol=1e-3)
 
 
-def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving):
+def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving, generate):
     model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     adapter = make_searched(model, 2)
     runs = [with_kernels(serving, model, adapter, 0.125, kernels) for kernels in ("torch", "triton")]
@@ -83,7 +102,7 @@ def test_tiers_give_what_pytorch_gives(tiny_model, make_searched, serving):
 
 @pytest.mark.parametrize(("windowed", "group_heads"), [("mistral", 1), ("gemma2", 2)], indirect=["windowed"])
 def test_windows_and_soft_caps_give_what_pytorch_gives(
-    group_heads, windowed, tiny_model, make_adapter, uneven_path, serving
+    group_heads, windowed, tiny_model, make_adapter, uneven_path, serving, generate
 ):
     from vllm_mkv.adapter import Adapter
 
@@ -100,7 +119,7 @@ def test_windows_and_soft_caps_give_what_pytorch_gives(
     np.testing.assert_allclose(np.concatenate(triton_logprobs), np.concatenate(logprobs), atol=1e-3)
 
 
-def test_drafts_are_decoded_together(tiny_model, make_adapter, serving):
+def test_drafts_are_decoded_together(tiny_model, make_adapter, serving, generate):
     model = tiny_model("llama")
     adapter = make_adapter(model)
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
