@@ -176,15 +176,22 @@ class FusedLayer:
         return Step(query, *(x.to(DEVICE, torch.int32) for x in (table, lens, starts)))
 
     def decode(
-        self, step: Step, *, max_queries: int = 1, num_splits: int = 1, reserved: int | None = None
+        self,
+        step: Step,
+        *,
+        max_queries: int = 1,
+        num_splits: int = 1,
+        reserved: int | None = None,
+        poison: float = float("nan"),
     ) -> torch.Tensor:
-        """By the kernel; whatever it does not write is NaN. `reserved` splits have a workspace, by default all."""
+        """By the kernel; whatever it does not write is NaN. `reserved` splits have a workspace, by default all; its
+        numbers are `poison` before."""
         from mkv_kernels.fused.decode import DecodeWorkspace, decode
 
         T = len(step.query)
         workspace = DecodeWorkspace.make(self.table, T, self.num_heads, reserved or num_splits)
-        workspace.partial.fill_(float("nan"))
-        workspace.stats.fill_(float("nan"))
+        workspace.partial.fill_(poison)
+        workspace.stats.fill_(poison)
         output = torch.full((T, self.num_heads, self.d), float("nan"), dtype=self.dtype, device=DEVICE)
         decode(
             step.query,

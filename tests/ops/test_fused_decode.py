@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -103,6 +105,21 @@ def test_a_soft_cap_of_scores_that_are_far_beyond_it(make_layer):
     step = layer.step((63,), (1,))
     step.query.mul_(1e6)
     torch.testing.assert_close(run(layer, step).double(), layer.expected(step), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fold_up", [False, True])
+@pytest.mark.parametrize("num_splits", [1, 3, 12])
+def test_tokens_of_no_request_get_the_mean(make_layer, fold_up, num_splits):
+    """What lies where their splits would be is of an earlier launch, or was never written."""
+    layer = make_layer(("16x1 4x2", "8x1 2x2"), ("4x4", "16x2"), J=1, dtype=HALF, fold_up=fold_up)
+    step = layer.step([70, 4], [1, 1])
+    expected = run(layer, step, num_splits=num_splits)
+    padded = dataclasses.replace(step, query=torch.cat([step.query, step.query]))
+    for poison in (1e30, float("inf"), float("nan")):
+        found = run(layer, padded, num_splits=num_splits, poison=poison)
+        assert torch.equal(found[:2], expected)
+        mean = layer.table.value_mean.reshape(-1, layer.d).repeat_interleave(layer.M, 0)
+        assert torch.equal(found[2:], mean.to(HALF).expand(2, -1, -1))
 
 
 def test_a_request_does_not_depend_on_its_neighbours(make_layer):

@@ -23,15 +23,20 @@ FEW_SPLITS = 8
 
 
 # Numbers that change from step to step must not each compile a kernel.
-@triton.jit(do_not_specialize=["num_programs", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_programs", "num_splits", "num_requests"],
+    do_not_specialize_on_alignment=["query_start_loc_ptr"],
+)
 def _combine_kernel(
     partial_ptr,
     stats_ptr,
     programs_ptr,
+    query_start_loc_ptr,
     mean_ptr,
     out_ptr,
     num_programs,
     num_splits,
+    num_requests,
     stride_partial,
     stride_out_token,
     GROUP_HEADS: tl.constexpr,
@@ -45,7 +50,7 @@ def _combine_kernel(
     """Attended coordinates of v' of one token, of ROWS query heads of a group and C coordinates, S splits at a time.
 
     They go to the output, means added, where D is folded; else to the place of the group's first split. No load waits
-    for another one, but for the group's rank.
+    for another one, but for the group's rank and the number of tokens.
     """
     HEADS: tl.constexpr = GROUP_HEADS * QUERY_HEADS
     TILES: tl.constexpr = (HEADS + ROWS - 1) // ROWS
@@ -56,6 +61,8 @@ def _combine_kernel(
     row = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(2) * C + tl.arange(0, C)
     row_mask = row < HEADS
+    # Of a token that no request has, as in padded CUDA graphs, there is nothing but what an earlier launch left.
+    used = token < tl.load(query_start_loc_ptr + num_requests)
     base = (token * num_programs + first) * HEADS + row
     m = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -63,7 +70,7 @@ def _combine_kernel(
     for start in range(0, num_splits, S):
         split = start + tl.arange(0, S)
         at = base[None, :] + (split * HEADS)[:, None]
-        there = (split < num_splits)[:, None] & row_mask[None, :]
+        there = used & (split < num_splits)[:, None] & row_mask[None, :]
         b_m = tl.load(stats_ptr + 2 * at, mask=there, other=float("-inf"))  # [S, ROWS]
         b_l = tl.load(stats_ptr + 2 * at + 1, mask=there, other=0.0)
         mask = there[:, :, None] & (col < rank)[None, None, :]
@@ -142,13 +149,19 @@ def _up_kernel(
 
 
 def combine(
-    partial: torch.Tensor, stats: torch.Tensor, table: LayerTable, num_splits: int, output: torch.Tensor
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+    table: LayerTable,
+    num_splits: int,
+    query_start_loc: torch.Tensor,
+    output: torch.Tensor,
 ) -> None:
     """output = (sum of the splits' exp2(m - maximum) o) / (sum of their totals) D + mean.
 
     Shapes, P being the programs of `table.work[num_splits]`:
         partial: o, [T, P, J M, R], and stats: m and total, [T, P, J M, 2], as `decode` leaves them; flat, float32.
             `partial` is overwritten.
+        query_start_loc: [B + 1] int32; tokens from the last on get the mean
         output: [T, H, d]
     """
     programs, d, J = table.work[num_splits], table.head_size, table.group_heads
@@ -164,10 +177,12 @@ def combine(
         partial,
         stats,
         programs,
+        query_start_loc,
         table.value_mean,
         output,
         num_programs,
         num_splits,
+        len(query_start_loc) - 1,
         table.rank_v,
         output.stride(0),
         GROUP_HEADS=J,

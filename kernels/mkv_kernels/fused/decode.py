@@ -311,7 +311,7 @@ def decode(
         block_table: [B, blocks] int32
         seq_lens: [B] int32, cached tokens of every request, this step's included
         query_start_loc: [B + 1] int32
-        output: [T, H, d]; rows of tokens that belong to no request are left undefined
+        output: [T, H, d]; tokens behind those of the last request get the mean
     """
     shapes = launch.check_attention(query, cache, table, block_table, seq_lens, query_start_loc, output)
     if not 1 <= max_queries <= MAX_QUERIES:
@@ -389,4 +389,4 @@ def decode(
             IN_WARP=tiles.in_warp,
             **constants,
         )
-    combine(workspace.partial, workspace.stats, table, num_splits, output)
+    combine(workspace.partial, workspace.stats, table, num_splits, query_start_loc, output)

@@ -37,6 +37,15 @@ TOKENS = 64
 
 
 @triton.jit
+def _saturated(x, LARGEST: tl.constexpr):
+    """As what the store keeps in 16 bits. Comparisons let NaN pass."""
+    if LARGEST > 0:
+        x = tl.where(x > LARGEST, LARGEST, x)
+        x = tl.where(x < -LARGEST, -LARGEST, x)
+    return x
+
+
+@triton.jit
 def _side(
     pages,
     strides,
@@ -83,12 +92,7 @@ def _side(
                     at = begin + part * size + col
                     if HEADS == 1:
                         if tier > 0:
-                            x_scaled = numbers.to(tl.float32) * scale[:, None]
-                            if LARGEST > 0:
-                                # As the store's 16 bits; comparisons let NaN pass.
-                                x_scaled = tl.where(x_scaled > LARGEST, LARGEST, x_scaled)
-                                x_scaled = tl.where(x_scaled < -LARGEST, -LARGEST, x_scaled)
-                            numbers = x_scaled.to(DTYPE)
+                            numbers = _saturated(numbers.to(tl.float32) * scale[:, None], LARGEST).to(DTYPE)
                         mask = (n < last)[:, None] & (col < size)[None, :]
                         tl.store(out[:, None] + at[None, :], numbers, mask=mask)
                     else:
@@ -104,6 +108,7 @@ def _side(
     if HEADS > 1:
         if CODED:
             exact += coded * scale[:, None]
+        exact = _saturated(exact, LARGEST)
         tl.store(out[:, None] + i_d[None, :], exact.to(DTYPE), mask=(n < last)[:, None] & (i_d < D)[None, :])
 
 
