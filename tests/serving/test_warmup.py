@@ -123,9 +123,11 @@ def test_no_step_meets_a_new_kernel(tiny_model, make_adapter, uneven_path, servi
     settings["additional_config"]["mkv"]["kernels"] = "triton"
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     # With drafts, more query rows than products of integers are for.
-    launched = LAUNCHED, LAUNCHED, sorted([*LAUNCHED, "_attend_kernel"])
-    # The second has fewer rows at most than large tiles of the product with D are for.
-    runs = record([settings, settings | {"max_num_seqs": 100}, settings | {"speculative_config": drafts}])
+    launched = LAUNCHED, LAUNCHED, LAUNCHED, sorted([*LAUNCHED, "_attend_kernel"])
+    # The second has fewer rows at most than large tiles of the product with D are for; the third more splits than are
+    # combined at once, but for short contexts.
+    fewer = [settings | {"max_num_seqs": most} for most in (100, 1)]
+    runs = record([settings, *fewer, settings | {"speculative_config": drafts}])
     for (started, profiled, served), expected in zip(runs, launched, strict=True):
         assert not started
         assert names(profiled) == expected

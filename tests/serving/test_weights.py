@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -60,10 +62,20 @@ def test_folded_weights_stay(group_heads, start, logprobs, serving, tmp_path):
         with pytest.raises(NotImplementedError, match='"fold": false'):
             call(engine, method.strip(), **arguments)
     # The CPU's worker has its own of these, which do nothing.
-    with pytest.raises(NotImplementedError, match=r'sleep of level 2.*"fold": false'):
-        Worker.sleep(serving.worker_of(engine), level=2)
-    with pytest.raises(NotImplementedError, match=r'discard.*"fold": false'):
-        Worker.discard(serving.worker_of(engine), ("weights",))
+    worker = serving.worker_of(engine)
+    with pytest.raises(NotImplementedError, match=r'sleep of level 2.*"fold": false.* wake_up resumes it'):
+        Worker.sleep(worker, level=2)
+    for tags in ("weights", ("weights",), ("kv_cache", "weights")):
+        with pytest.raises(NotImplementedError, match=r'discarding weights.*"fold": false'):
+            Worker.discard(worker, tags)
+    discarded = []
+    worker._sleep_mode_backend = SimpleNamespace(discard=discarded.append)
+    Worker.discard(worker, ("kv_cache",))
+    assert discarded == [("kv_cache",)]
+    # The engine refuses before it drops its requests and pauses.
+    with pytest.raises(NotImplementedError, match=r"sleep of level 2.*mkv options$"):
+        engine.sleep(level=2)
+    assert not engine.llm_engine.engine_core.engine_core.is_scheduler_paused()
     assert not list(tmp_path.iterdir())
     np.testing.assert_array_equal(logprobs(engine), before)
 

@@ -100,7 +100,8 @@ def mkv_member() -> Any:
 def uses_mkv(vllm_config: VllmConfig) -> bool:
     """Whether any layer of the model may be given the MKV backend."""
     attention = vllm_config.attention_config
-    return mkv_member() in (attention.backend, *attention.backend_per_kind.values())
+    # Every engine's start comes by here, in whatever vLLM: one without the option has no such backends.
+    return mkv_member() in (attention.backend, *getattr(attention, "backend_per_kind", {}).values())
 
 
 def _check_engine_configs() -> None:
@@ -235,17 +236,18 @@ def is_batch_invariant() -> bool:
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Has the worker refuse, before it does anything, what would overwrite or hand out this model's weights: bases are
-    folded into them.
+    """Has the worker refuse, before it does anything, what would lose, overwrite or hand out this model's weights:
+    bases are folded into them. To sleep is refused by the engine, before it pauses, where that is in this process.
 
     Private: wraps methods of the worker that `collective_rpc` and the engine call. Removable when vLLM asks the model
     or its loader first.
     """
 
-    def refuse(what: str) -> NotImplementedError:
+    def refuse(what: str, more: str = "") -> NotImplementedError:
+        what = {"sleep": "sleep of level 2", "discard": "discarding weights"}.get(what, what)
         return NotImplementedError(
             f"{what} is not supported while MKV's value bases are folded into the weights; start the engine with "
-            '"fold": false in the mkv options'
+            f'"fold": false in the mkv options{more}'
         )
 
     def load_weights(*args: Any, **kwargs: Any) -> Any:
@@ -262,10 +264,8 @@ def keep_weights(model: nn.Module) -> None:
 
         @functools.wraps(original)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Asleep on level 1, weights wait in the CPU's memory.
-            level = kwargs.get("level", args[0] if args else 1)
-            if getattr(self.model_runner.get_model(), "mkv_folded", False) and (name != "sleep" or level == 2):
-                raise refuse("sleep of level 2" if name == "sleep" else name)
+            if getattr(self.model_runner.get_model(), "mkv_folded", False) and _takes_weights(name, *args, **kwargs):
+                raise refuse(name, ". The engine is paused by now; wake_up resumes it" if name == "sleep" else "")
             return original(self, *args, **kwargs)
 
         checked.mkv_original = original  # type: ignore[attr-defined]
@@ -273,6 +273,28 @@ def keep_weights(model: nn.Module) -> None:
 
     for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard", "sleep"):
         guard(name)
+    core = getattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore", None)
+    if core is None or hasattr(core.sleep, "mkv_original"):
+        return
+    sleep = core.sleep
+
+    @functools.wraps(sleep)
+    def sleep_unless_folded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        worker = getattr(getattr(self.model_executor, "driver_worker", None), "worker", None)
+        folded = worker is not None and getattr(worker.model_runner.get_model(), "mkv_folded", False)
+        if folded and _takes_weights("sleep", *args, **kwargs):
+            raise refuse("sleep")
+        return sleep(self, *args, **kwargs)
+
+    sleep_unless_folded.mkv_original = sleep  # type: ignore[attr-defined]
+    core.sleep = sleep_unless_folded
+
+
+def _takes_weights(method: str, *args: Any, **kwargs: Any) -> bool:
+    """Whether a call of such a method loses weights, replaces them or hands them out."""
+    if method == "sleep":  # on level 1, they wait in the CPU's memory
+        return (args[0] if args else kwargs.get("level", 1)) == 2
+    return method != "discard" or "weights" in (args[0] if args else kwargs.get("tags", ("weights",)))
 
 
 def layer_index(layer_name: str) -> int:

@@ -55,7 +55,9 @@ def _trace(parent: nn.Module, attention: Attention, qkv: Any, out: Any) -> tuple
     num_q, num_kv = attention.num_heads * attention.head_size, attention.num_kv_heads * attention.head_size
 
     def random(width: int) -> torch.Tensor:
-        return torch.randn(3, width, dtype=weight.dtype, device=weight.device)
+        # Of all sizes, so that what only clips or rounds is seen.
+        exponents = 8 * torch.rand(3, width, device=weight.device) - 4
+        return (torch.randn(3, width, device=weight.device) * 10**exponents).to(weight.dtype)
 
     projected, attended = random(num_q + 2 * num_kv), random(num_q)
     seen: dict[str, torch.Tensor] = {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class MKVModelLoader(BaseModelLoader):
         super().__init__(base.load_config)
         self.base = base
         self._vllm_config: VllmConfig | None = None
+        self._plan: ServingPlan | None = None
 
     def get_external_weight_memory(self, vllm_config: VllmConfig) -> int:
         return self.base.get_external_weight_memory(vllm_config)
@@ -54,7 +56,13 @@ class MKVModelLoader(BaseModelLoader):
         self.base.download_model(model_config)
 
     def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.base.create_model(*args, **kwargs)
+        model = self.base.create_model(*args, **kwargs)
+        vllm_config = self._vllm_config or get_current_vllm_config_or_none()
+        if vllm_config is not None and compat.uses_mkv(vllm_config):
+            # Layers are there, and loading what they hold may take minutes.
+            self._plan = ServingPlan.make(vllm_config, MKVOptions.of(vllm_config))
+            check_layers(vllm_config, self._plan)
+        return model
 
     def __getattr__(self, name: str) -> Any:
         # What some loaders have beyond the interface: all weights, for reloading them.
@@ -64,7 +72,7 @@ class MKVModelLoader(BaseModelLoader):
         self.base.load_weights(model, model_config)
         vllm_config = self._vllm_config or get_current_vllm_config_or_none()
         assert vllm_config is not None
-        load_adapter(model, vllm_config, may_fold=True)
+        load_adapter(model, vllm_config, self._plan, may_fold=True)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         self._vllm_config = vllm_config
@@ -75,40 +83,36 @@ class MKVModelLoader(BaseModelLoader):
             return super().load_model(vllm_config, model_config, prefix)
         # A loader with ways of its own may process weights before they can be folded.
         model = self.base.load_model(vllm_config, model_config, prefix)
-        load_adapter(model, vllm_config, may_fold=False)
+        load_adapter(model, vllm_config, self._plan, may_fold=False)
         return model
 
 
-def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -> None:
+def load_adapter(model: nn.Module, vllm_config: VllmConfig, plan: ServingPlan | None, *, may_fold: bool) -> None:
     """Gives every MKV attention layer of the model its bases, layout and cache spec.
 
+    Args:
+        plan: None where no layer was checked against one yet.
+
     Raises:
-        NotImplementedError: a layer attends in a way that is not MKV's.
-        ValueError: the adapter has no bases for a layer, or its keys are less a mean and a layer caps its scores.
+        NotImplementedError, ValueError: see `check_layers`.
     """
     if not compat.uses_mkv(vllm_config):  # a model with another backend, in a process that has also served with MKV
         return
     modules = dict(model.named_modules())
     layers = compat.attention_layers(vllm_config)
     options = MKVOptions.of(vllm_config)
-    plan = ServingPlan.make(vllm_config, options)
-    check_layers(layers, plan)
+    if plan is None:
+        plan = ServingPlan.make(vllm_config, options)
+        check_layers(vllm_config, plan)
     # With LoRA, deltas computed from the model's own weights are added behind every projection.
     may_fold = may_fold and options.fold and vllm_config.lora_config is None
     make_attention = _attention_maker(vllm_config, plan, list(layers.values()))
     folded = [0, 0]
     for name, layer in layers.items():
-        index = compat.layer_index(name)
-        if index not in plan.adapter.config.layers:
-            raise ValueError(
-                f"the adapter in {plan.folder} has no bases for {name}; make an adapter for this model: "
-                f"vllm-mkv calibrate {vllm_config.model_config.model} --text FILE --output ADAPTER"
-            )
-        if layer.impl.soft_cap:
-            plan.adapter.check_soft_cap()
+        position = plan.adapter.config.layers.index(compat.layer_index(name))
         parent = modules.get(name.rpartition(".")[0])
         qkv, out = fold.foldable(parent, layer) if may_fold and parent is not None else (None, None)
-        _adapt_layer(layer, plan, plan.adapter.config.layers.index(index), qkv, out, make_attention)
+        _adapt_layer(layer, plan, position, qkv, out, make_attention)
         folded[0] += qkv is not None
         folded[1] += out is not None and plan.adapter.config.group_heads == 1
     if any(folded):
@@ -116,12 +120,17 @@ def load_adapter(model: nn.Module, vllm_config: VllmConfig, *, may_fold: bool) -
     logger.debug("value bases folded into %d value and %d output projections of %d", *folded, len(layers))
 
 
-def check_layers(layers: dict[str, Attention], plan: ServingPlan) -> None:
-    """Raises NotImplementedError unless every layer with a cache attends as MKV does, to keys of the adapter's shape.
+def check_layers(vllm_config: VllmConfig, plan: ServingPlan) -> None:
+    """What is known of a model's layers before they hold weights.
 
-    A model may choose its layers' classes and backends itself, whatever the user asked for.
+    Raises:
+        NotImplementedError: a layer with a cache does not attend as MKV does, or to keys of another shape than the
+            adapter's, since a model may choose its layers' classes and backends itself, whatever the user asked for;
+            or the Triton kernels do not take its pages.
+        ValueError: the adapter has no bases for a layer, or its keys are less a mean and a layer caps its scores; or a
+            latent group is too wide for the Triton kernels.
     """
-    model = plan.adapter.config.model
+    layers, model = compat.attention_layers(vllm_config), plan.adapter.config.model
     shape = (model.head_size, model.head_size, max(1, model.num_key_value_heads // plan.num_shards))
     for name, layer in layers.items():
         own = f"{type(layer).__name__} with {type(layer.impl).__name__}"
@@ -136,6 +145,19 @@ def check_layers(layers: dict[str, Attention], plan: ServingPlan) -> None:
                 f"have {shape[2]} of {shape[0]}; layers of several shapes are not supported with MKV: serve this model "
                 "with another backend"
             )
+        index = compat.layer_index(name)
+        if index not in plan.adapter.config.layers:
+            raise ValueError(
+                f"the adapter in {plan.folder} has no bases for {name}; make an adapter for this model: "
+                f"vllm-mkv calibrate {vllm_config.model_config.model} --text FILE --output ADAPTER"
+            )
+        if layer.impl.soft_cap:
+            plan.adapter.check_soft_cap()
+        if plan.kernels == "triton":
+            from vllm_mkv.serving.triton_attention import check_layout
+
+            layout = plan.layout(plan.adapter.config.layers.index(index), get_tensor_model_parallel_rank())
+            check_layout(layout, model.head_size, vllm_config.model_config, window=layer.impl.window)
     if not layers:
         raise NotImplementedError("no layer of this model has a KV cache; serve it with another backend")
 
@@ -230,9 +252,7 @@ def _adapt_layer(
 
     def make_spec(vllm_config: VllmConfig) -> FullAttentionSpec:
         block_size = vllm_config.cache_config.block_size
-        layout = plan.allocation.layout(
-            position, block_size=block_size, itemsize=plan.itemsize, shard=shard, num_shards=num_shards
-        )
+        layout = replace(plan, block_size=block_size).layout(position, shard)
         layer.impl.attention = make_attention(cut(layout), layer)
         return FullAttentionSpec(
             block_size=block_size,

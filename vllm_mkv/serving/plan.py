@@ -16,6 +16,8 @@ from vllm_mkv.serving.options import MKVOptions
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from mkv_kernels.layout import PageLayout
+
 DEFAULT_BLOCK_SIZE = 16
 """Tokens per page to reckon with while vLLM has not chosen them yet; pages of any multiple of 16 have the same bytes
 per token."""
@@ -48,7 +50,10 @@ class ServingPlan:
         adapter = Adapter.load(folder)
         found = digest(folder)
         if options.digest not in (None, found):
-            raise ValueError(f"the adapter in {folder} changed while vLLM was starting; start again")
+            raise ValueError(
+                f"the adapter in {folder} has the digest {found}, not {options.digest}: it changed while vLLM was "
+                "starting. Start again, and without the option digest, which the plugin sets"
+            )
         adapter.check_model(ModelFingerprint.of(model.hf_config))
         if getattr(model.hf_text_config, "attn_logit_softcapping", None):
             adapter.check_soft_cap()
@@ -63,6 +68,12 @@ class ServingPlan:
         kernels = choose_kernels(options.kernels, model.dtype)
         is_default = options.budget is None
         return cls(folder, found, adapter, budget, is_default, allocation, block_size, itemsize, num_shards, kernels)
+
+    def layout(self, position: int, shard: int) -> PageLayout:
+        """Of a layer's pages on a tensor-parallel rank, by the layer's place among the adapter's."""
+        return self.allocation.layout(
+            position, block_size=self.block_size, itemsize=self.itemsize, shard=shard, num_shards=self.num_shards
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -81,12 +92,7 @@ class ServingPlan:
         waste = used - sum(
             layout.content_bytes // layout.block_size
             for layer in range(self.allocation.shape.num_layers)
-            for layout in (
-                self.allocation.layout(
-                    layer, block_size=self.block_size, itemsize=self.itemsize, shard=shard, num_shards=self.num_shards
-                )
-                for shard in range(self.num_shards)
-            )
+            for layout in (self.layout(layer, shard) for shard in range(self.num_shards))
         )
         return (
             f"MKV: adapter {self.folder} ({self.digest}), budget {self.budget:g} "

@@ -10,15 +10,26 @@ from mkv_kernels.fused.expand import Expansion, expand
 from mkv_kernels.fused.prefill import check_served, prefill
 from mkv_kernels.fused.splits import choose_splits, visible_tokens
 from mkv_kernels.fused.store import project_and_store
-from mkv_kernels.fused.table import LayerTable
+from mkv_kernels.fused.table import LayerTable, Shapes
+from vllm_mkv.serving.workspace import MOST_EXPANDED_TOKENS
 
 if TYPE_CHECKING:
     import torch
+    from vllm.config import ModelConfig
 
     from mkv_kernels.bases import LayerBases
+    from mkv_kernels.layout import PageLayout
     from vllm_mkv.serving.metadata import Prefills, TritonMetadata
     from vllm_mkv.serving.warmup import WarmUp
     from vllm_mkv.serving.workspace import Buffers, Workspace
+
+
+def check_layout(layout: PageLayout, head_size: int, model: ModelConfig, *, window: int) -> None:
+    """Raises ValueError or NotImplementedError for a layer that the kernels do not take."""
+    shapes = Shapes.of(layout.groups, head_size)
+    if window or model.max_model_len > MOST_EXPANDED_TOKENS:
+        # Pages are not expanded then, or not of all requests.
+        check_served(shapes, model.dtype)
 
 
 class TritonAttention:
@@ -41,7 +52,7 @@ class TritonAttention:
         # Of a window, most of what is expanded would not be seen.
         self.expansion = None if window else Expansion.of(self.table)
         if self.expansion is None or not workspace.limits.expands_all:
-            check_served(self.table, workspace.dtype)
+            check_served(self.table.shapes, workspace.dtype)
         workspace.admit(self.table, num_heads, self.expansion)
 
     def reserve(self) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.logger import init_logger
 
 from mkv_kernels.fused.ahead import compile_ahead
-from mkv_kernels.fused.combine import FEW_ROWS
+from mkv_kernels.fused.combine import FEW_ROWS, FEW_SPLITS
+from mkv_kernels.fused.splits import LEAST_TOKENS
 from mkv_kernels.fused.store import FEW_TOKENS
 from vllm_mkv.serving.metadata import Prefills, Requests, TritonMetadata
 from vllm_mkv.serving.triton_attention import TritonAttention
@@ -68,14 +70,16 @@ def steps(limits: StepLimits, query_heads: int, device: torch.device) -> Iterato
     """Steps within the limits that between them launch every kernel that any step does.
 
     Decoding, with a request's single query or several, and prefill; few tokens and many, by the bounds of the store
-    and of the product with D; one request and the most, which have most splits and fewest; `query_heads` are those of a
-    KV head.
+    and of the product with D; one request and the most, which have most splits and fewest, and one of a context that is
+    cut into few whatever the GPU; `query_heads` are those of a KV head.
     """
     many = FEW_ROWS // query_heads + 1
     for queries in sorted({1, limits.queries}):
         most = min(limits.tokens, limits.requests * queries)
         for tokens in sorted({min(queries, limits.tokens), min(many, most), most}):
             yield _step(tokens, queries, limits, device, decodes=True)
+    short = replace(limits, seq_len=min(limits.seq_len, FEW_SPLITS * LEAST_TOKENS))
+    yield _step(1, 1, short, device, decodes=True)
     for tokens in (1, FEW_TOKENS + 1):
         if tokens <= limits.tokens:
             yield _step(tokens, tokens, limits, device, decodes=False)

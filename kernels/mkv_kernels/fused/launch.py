@@ -287,9 +287,9 @@ def check_expansion(
     return check_cache(cache, table), check_cache(expanded, expanded_layer)
 
 
-def check_prefill(table: LayerTable, dtype: torch.dtype, target: Target) -> None:
+def check_prefill(shapes: Shapes, dtype: torch.dtype, target: Target) -> None:
     """Raises NotImplementedError for pages that `prefill` was seen to read wrongly on a GPU."""
-    if dtype == torch.float32 and table.shapes.coded and target.backend:
+    if dtype == torch.float32 and shapes.coded and target.backend:
         raise NotImplementedError(
             "prefill of float32 over codes: on an H100 its result was off by 1 % for one layer, it is not known why; "
             "serve the model in bfloat16 or float16, or expand its pages first (no window, up to 65536 tokens)"

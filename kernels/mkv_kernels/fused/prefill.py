@@ -17,7 +17,7 @@ import triton.language as tl
 from mkv_kernels.fused import launch
 from mkv_kernels.fused.ahead import on
 from mkv_kernels.fused.exact import attend_exact, query_rows, tile_of_queries
-from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, power_of_two
+from mkv_kernels.fused.table import SIDE_FIELDS, LayerTable, Shapes, power_of_two
 from mkv_kernels.fused.tile import coordinates, parts_of, rank_of
 from mkv_kernels.fused.warp import attend
 
@@ -189,9 +189,9 @@ def _prefill_kernel(
         tl.store(to, result.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & inside[None, :])
 
 
-def check_served(table: LayerTable, dtype: torch.dtype) -> None:
+def check_served(shapes: Shapes, dtype: torch.dtype) -> None:
     """Raises NotImplementedError for a layer that `prefill` does not take, with the mend."""
-    launch.check_prefill(table, dtype, launch.Target.of(_prefill_kernel))
+    launch.check_prefill(shapes, dtype, launch.Target.of(_prefill_kernel))
 
 
 def prefill(
@@ -227,7 +227,7 @@ def prefill(
     if num_requests == 0 or T == 0:
         return
     target = launch.Target.of(_prefill_kernel)
-    launch.check_prefill(table, query.dtype, target)
+    launch.check_prefill(table.shapes, query.dtype, target)
     folded = table.value_up is None
     shapes = table.shapes
     tiles = launch.Tiles.of_prefill(shapes, M, query.element_size(), target, folded=folded)

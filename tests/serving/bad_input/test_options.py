@@ -103,7 +103,9 @@ def test_the_users_own_options_are_left_alone(start, adapter, change_config):
 def test_an_adapter_that_changes_while_the_engine_starts(refused, start, adapter, change_config):
     digest = start({"adapter": str(adapter)}).additional_config["mkv"]["digest"]
     change_config(adapter, made={"on": "another day"})
-    refused("changed while vLLM was starting", "start again", mkv={"adapter": str(adapter), "digest": digest})
+    refused(
+        "changed while vLLM was starting", "without the option digest", mkv={"adapter": str(adapter), "digest": digest}
+    )
 
 
 def test_requests_longer_than_the_windows_of_an_adapter_are_warned_of(start, adapter, monkeypatch):
