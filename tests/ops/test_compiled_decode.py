@@ -176,6 +176,27 @@ def test_pages_of_other_sizes_are_refused(make_layer):
             build()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torch_default_dtype_changes_nothing(default, make_layer):
+    layer = make_layer(*TIERS, soft_cap=5.0)
+    step = layer.step((1000, 17), (1, 1))
+    expected = run(layer, step, None)
+    torch.set_default_dtype(default)
+    try:
+        found = run(layer, step, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_variants_have_files_of_their_own(tmp_path):
+    names = "import torch; from mkv_kernels.compiled.decode import KINDS; from mkv_kernels.compiled import worker\n"
+    compiles = "for kind in (0, 1): worker.compile_worker(kind, 1)"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", names + compiles], env=environment, timeout=300, check=True)
+    assert len(list(tmp_path.rglob("*.nbi"))) == len(list(tmp_path.rglob("*.nbc"))) == 2
+
+
 def test_leaves_modules_open_to_inspection():
     """Else no vLLM engine could start in this process any more: see the package."""
     from llvmlite.binding import ffi

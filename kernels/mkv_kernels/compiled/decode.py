@@ -64,14 +64,14 @@ class DecodeScratch:
 
     def __init__(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8)
-        self.partial = torch.empty(0)
+        self.partial = torch.empty(0, dtype=torch.float32)
         self.counters = torch.empty(0, dtype=torch.int64)
 
     def reserve(self, num_bytes: int, num_partial: int, num_counters: int) -> None:
         if num_bytes > len(self.bytes):
             self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
         if num_partial > len(self.partial):
-            self.partial = torch.empty(num_partial)
+            self.partial = torch.empty(num_partial, dtype=torch.float32)
         if num_counters > len(self.counters):
             self.counters = torch.empty(num_counters, dtype=torch.int64)
 
@@ -113,7 +113,8 @@ class LayerDecode:
         self._factor = torch.tensor([scale / math.log(2)], dtype=torch.float32)
         self.window = window
         # The worker multiplies by the scale later on.
-        self._cap = torch.tensor([2 * scale / (soft_cap * math.log(2)), soft_cap / scale]) if soft_cap else None
+        cap = [2 * scale / (soft_cap * math.log(2)), soft_cap / scale] if soft_cap else []
+        self._cap = torch.tensor(cap, dtype=torch.float32)
         self._fill_table()
         self._queries = np.empty((self.num_groups, 2), dtype=np.int64)
         self.worker = compile_worker(self.kind, self.rows)
@@ -193,7 +194,7 @@ class LayerDecode:
                 cache.stride(0) * itemsize,
                 layout.block_size,
                 self._factor.data_ptr(),
-                0 if self._cap is None else self._cap.data_ptr(),
+                self._cap.data_ptr() if len(self._cap) else 0,
                 scratch.bytes.data_ptr(),
                 stride,
                 scratch.partial.data_ptr(),

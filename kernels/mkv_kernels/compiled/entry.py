@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numba import cfunc, from_dtype, types
+from numba.core.registry import cpu_target
+
+from mkv_kernels import codes
 
 
 def record(*names: str) -> np.dtype:
@@ -21,15 +24,25 @@ def record(*names: str) -> np.dtype:
 
 
 def sources() -> int:
-    """Of this folder. numba's cache knows the date of a worker's own file alone; what its functions call becomes part
-    of the key where the worker has this number in its closure.
+    """Of this folder, and of the quantiser, whose steps and scales are compiled in. numba's cache knows the date of a
+    worker's own file alone; what its functions call becomes part of the key where the worker has this number in its
+    closure.
     """
-    return zlib.crc32(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(codes.__file__)]
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
 
-def compile_entry(worker: Callable[[Any], None], step: np.dtype) -> Any:
-    """A C function of the address of a record."""
+def compile_entry(worker: Callable[[Any], None], step: np.dtype, *variant: int) -> Any:
+    """A C function of the address of a record.
+
+    Args:
+        variant: what the worker was made for.
+    """
     signature = types.void(types.CPointer(from_dtype(step)))
+    # numba has one index for all functions of a name, writes it before what it points to, and locks neither: of two
+    # processes, each compiling another variant, one could be given the other's. So no two variants share a name.
+    target = cpu_target.target_context.codegen().magic_tuple()
+    worker.__qualname__ += f"_{zlib.crc32(repr((variant, sources(), target)).encode()):08x}"
     try:
         return cfunc(signature, cache=True)(worker)
     except RuntimeError as error:

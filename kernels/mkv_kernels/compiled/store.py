@@ -41,7 +41,7 @@ class LayerStore:
         self.num_groups = len(bases.layout.widths)
         self.queries_per_head = num_heads // (self.num_groups * bases.group_heads)
         self._scales = scale_values(torch.arange(256, dtype=torch.uint8))
-        self._zeros = torch.zeros(bases.group_heads * bases.head_size)
+        self._zeros = torch.zeros(bases.group_heads * bases.head_size, dtype=torch.float32)
         self._counter = torch.empty(2, dtype=torch.int64)
         self._table, self._projected = np.zeros(self.num_groups, GROUP), np.empty(self.num_groups, np.int64)
         # The table has addresses of these.

@@ -176,7 +176,7 @@ def write_side(
 @cache
 def compile_store(kind: int) -> Any:
     """A C function of the address of a `STEP`, for numbers of a kind."""
-    return compile_entry(_make_worker(kind), STEP)
+    return compile_entry(_make_worker(kind), STEP, kind)
 
 
 def _make_worker(kind: int) -> Callable[[Any], None]:

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import binding, ir
-from numba import config
+from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
 FLOAT32, FLOAT16, BFLOAT16, PAIRS = range(4)
 """Kinds of numbers: of the model's dtype. PAIRS is bfloat16 on processors that multiply it (AVX512-BF16)."""
@@ -29,8 +29,9 @@ LANES, UNIT = 16, 32
 
 
 def processor_has(feature: str) -> bool:
-    """By LLVM's name. False where numba was told to compile for another processor than this one."""
-    return config.CPU_NAME is None and bool(binding.get_host_cpu_features().get(feature))
+    """By LLVM's name. Asked of numba, which compiles for this processor unless NUMBA_* variables say otherwise."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"+{feature}" in features.split(",")
 
 
 MOST_SUMS = 16 if processor_has("avx512f") else 4

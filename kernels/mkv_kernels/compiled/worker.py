@@ -97,7 +97,7 @@ def scratch_bytes(num_tiles: int, rows: int, query_bytes: int, sums: int) -> int
 @cache
 def compile_worker(kind: int, rows: int) -> Any:
     """A C function of the address of a `STEP`, for numbers of a kind and tiles of so many rows."""
-    return compile_entry(_make_worker(kind, rows), STEP)
+    return compile_entry(_make_worker(kind, rows), STEP, kind, rows)
 
 
 def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
