@@ -43,6 +43,10 @@ INVERSE_TOLERANCE = 1e-3
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
+class NoAdapterError(ValueError):
+    """A model has no adapter of its own."""
+
+
 class QualityRow(TypedDict):
     """What was measured of a cache: "mkv" where it has no name, "stock" for the model's own."""
 
@@ -151,7 +155,11 @@ class Adapter:
             )
 
     def save(self, folder: str | Path, card: str) -> None:
-        """Writes the whole folder at once: it is complete or as it was. Files of others in it stay."""
+        """Writes the whole folder at once: it is complete or as it was. Files of others in it stay.
+
+        Raises:
+            ValueError: the folder is not to be written to, or this is no adapter that could be loaded.
+        """
         folder = check_output(folder)
         tensors = {"allocation.path": np.ascontiguousarray(self.path.steps, dtype=np.int32)}
         for layer, bases in zip(self.config.layers, self.bases, strict=True):
@@ -165,6 +173,11 @@ class Adapter:
             config = self.config.model_copy(update={"weights_sha256": _sha256(staging / WEIGHTS_FILE)})
             (staging / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
             (staging / CARD_FILE).write_text(card, "utf-8")
+            try:
+                Adapter.load(staging)
+            except ValueError as error:
+                reason = str(error).replace(f"{staging}{os.sep}", "").removesuffix(f"; {AGAIN}")
+                raise ValueError(f"what was made is no adapter, so {folder} is as it was: {reason}") from error
 
 
 def check_output(folder: str | Path) -> Path:
@@ -314,7 +327,8 @@ def locate(
         revision, model_revision: of the Hub repositories.
 
     Raises:
-        ValueError: nothing there; names the command that makes an adapter. A revision of what is no repository.
+        NoAdapterError: no adapter is named, and the model has none; names the command that makes one.
+        ValueError: what is named is not there. A revision of what is no repository.
     """
     if adapter is not None:
         if not isinstance(adapter, str) or not adapter:
@@ -340,7 +354,7 @@ def locate(
     if not folder.is_dir():
         if put_aside(folder):
             raise ValueError(f"there is no adapter at {folder}; {_how_to_get(folder)}")
-        raise ValueError(
+        raise NoAdapterError(
             f"no adapter was named and {model} has no folder mkv; make one with: vllm-mkv calibrate {model} "
             '--text FILE --output ADAPTER, and name it: --additional-config \'{"mkv": {"adapter": "ADAPTER"}}\''
         )

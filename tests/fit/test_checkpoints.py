@@ -64,21 +64,26 @@ def test_checkpoints_hold_what_is_trained_alone(searched, text_file, tmp_path):
 
 def test_runs_are_not_mixed_up(searched, text_file, tmp_path):
     settings = SETTINGS | {"output": tmp_path / "out", "steps": 2}
-    train(searched, [str(text_file)], **settings)
+    text = [str(shutil.copy(text_file, tmp_path / "text.txt"))]
+    train(searched, text, **settings)
     with pytest.raises(ValueError, match=r"has checkpoints; go on from them with --resume"):
-        train(searched, [str(text_file)], **settings)
+        train(searched, text, **settings)
     model = shutil.copytree(searched.config.base_model_name_or_path, tmp_path / "model")
     for changed, message in (
         ({"learning_rate": 0.1}, "learning_rate was 0.0005 and is 0.1"),
         ({"model": str(model)}, f"model was .* and is '{model}'"),
         ({"revision": "other"}, "revision was None and is 'other'"),
         ({"dtype": "bfloat16"}, "dtype was 'auto' and is 'bfloat16'"),
+        ({"eval_windows": 17}, "held_out was 16 and is 17"),
     ):
         with pytest.raises(ValueError, match=f"of another run: {message}; give what"):
-            train(searched, [str(text_file)], **settings, **changed, resume=True)
+            train(searched, text, **settings | changed, resume=True)
+    (tmp_path / "text.txt").write_text(text_file.read_text("utf-8")[::-1], "utf-8")
+    with pytest.raises(ValueError, match=r"of another run: windows was '[0-9a-f]{8}' and is '[0-9a-f]{8}'; give what"):
+        train(searched, text, **settings, resume=True)
     (tmp_path / "out.checkpoints" / "arguments.json").unlink()
     with pytest.raises(ValueError, match=r"has no arguments.json .* remove the folder"):
-        train(searched, [str(text_file)], **settings, resume=True)
+        train(searched, text, **settings, resume=True)
 
 
 def killed(self, *args):

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def model(tiny_model, tmp_path):
 
 def test_a_dtype_that_the_configuration_names_is_taken(tiny_model):
     assert Source(str(tiny_model("llama"))).dtype == torch.float32
+
+
+def test_an_adapters_revision_is_of_the_model_that_it_names():
+    config = SimpleNamespace(base_model_name_or_path="own/model", revision="tag")
+    assert Source.of_adapter(config, None, None, False) == Source("own/model", "tag")
+    assert Source.of_adapter(config, None, "other", True) == Source("own/model", "other", True)
+    assert Source.of_adapter(config, "another/model", None, False) == Source("another/model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

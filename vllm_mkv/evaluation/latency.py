@@ -172,6 +172,10 @@ def print_latency(found: Mapping[str, Any], console: Console) -> None:
     for row in found["rows"]:
         if row["refused"] is not None:
             console.print(f"{row['name']} was not measured, vLLM refuses it here: {row['refused']}", markup=False)
+    if found["adapter_digest"] is None:
+        console.print(
+            "There is no adapter: MKV was timed with random bases, which says nothing of quality.", markup=False
+        )
     spread = max(_spread(point) for row in found["rows"] for point in row["contexts"])
     if spread > NOISY:
         console.print(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mkv.adapter import CONFIG_FILE, HOW_TO_MAKE_ONE, Adapter, digest, locate
+from vllm_mkv.adapter import CONFIG_FILE, HOW_TO_MAKE_ONE, Adapter, NoAdapterError, digest, locate
 from vllm_mkv.allocation import Allocation, AllocationPath
 from vllm_mkv.fit.calibrate import cache_shape
 from vllm_mkv.fit.model import Source
@@ -86,14 +86,14 @@ def _adapter_of(model: str, adapter: str | None, revision: str | None) -> Path |
         return locate(adapter, None)
     try:
         return locate(None, model, model_revision=revision)
-    except ValueError:  # there is none, and none was asked for
+    except NoAdapterError:  # and none was asked for
         return None
 
 
 def _named_by(adapter: Adapter, folder: Path | None, revision: str | None, trust_remote_code: bool) -> Source:
     """The model that an adapter was made for."""
     config = adapter.config
-    source = Source(config.base_model_name_or_path, revision or config.revision, trust_remote_code)
+    source = Source.of_adapter(config, None, revision, trust_remote_code)
     try:
         _ = source.config
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ def choose_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> Path
         return None
     if not found:
         raise ValueError(f"{folder} has no checkpoint to go on from; start without --resume")
-    _check_arguments(folder, given)
+    check_arguments(folder, given)
     complete = complete_checkpoints(folder)
     last = complete[-1] if complete else None
     skipped = [checkpoint.name for checkpoint in found if last is None or step_of(checkpoint) > step_of(last)]
@@ -92,7 +92,8 @@ def choose_checkpoint(folder: Path, given: dict[str, Any], resume: bool) -> Path
     return last
 
 
-def _check_arguments(folder: Path, given: dict[str, Any]) -> None:
+def check_arguments(folder: Path, given: dict[str, Any]) -> None:
+    """Raises ValueError unless the checkpoints are of a run with these arguments; it may have had more."""
     file = folder / ARGUMENTS_FILE
     if not file.is_file():
         raise ValueError(f"{folder} has no {ARGUMENTS_FILE} to say what its checkpoints are of; remove the folder")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from mkv_kernels.layout import BLOCK
+from vllm_mkv.adapter import AdapterConfig
 from vllm_mkv.arguments import check_model
 from vllm_mkv.fingerprint import ModelFingerprint
 
@@ -45,6 +46,15 @@ class Source:
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def of_adapter(
+        cls, config: AdapterConfig, model: str | None, revision: str | None, trust_remote_code: bool
+    ) -> Source:
+        """The model that is named, or else the one that an adapter was made for, at the revision that it names."""
+        if model is not None:
+            return cls(model, revision, trust_remote_code)
+        return cls(config.base_model_name_or_path, revision or config.revision, trust_remote_code)
 
     @property
     def path(self) -> str:

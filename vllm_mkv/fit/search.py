@@ -113,7 +113,7 @@ def search(
     adapter.check_shards(shards)
     check_output(output)
     config = adapter.config
-    source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
+    source = Source.of_adapter(config, model, revision, trust_remote_code)
     adapter.check_model(source.fingerprint)
     # Of an earlier search nothing stays, unless bases were trained on what it found.
     before = {k: step for k, step in config.made.items() if k != "search" or config.basis == TRAINED}

@@ -8,6 +8,7 @@ which draws ranks and turns per-head bases from a PCA).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from vllm_mkv.adapter import Adapter, check_output
 from vllm_mkv.fit.bases import TRAINED
 from vllm_mkv.fit.calibrate import choose_context, draw_windows, how_made, with_quality
 from vllm_mkv.fit.card import model_card
-from vllm_mkv.fit.checkpoints import checkpoint_folder, choose_checkpoint, write_arguments
+from vllm_mkv.fit.checkpoints import check_arguments, checkpoint_folder, choose_checkpoint, write_arguments
 from vllm_mkv.fit.data import check_repeats, with_repeats
 from vllm_mkv.fit.distil import Distillation
-from vllm_mkv.fit.held_out import HELD_OUT
+from vllm_mkv.fit.held_out import HELD_OUT, num_held_out
 from vllm_mkv.fit.losses import draw_losses
 from vllm_mkv.fit.model import Source, choose_device
 from vllm_mkv.fit.search import MEASURED_BUDGETS
@@ -109,7 +110,7 @@ def train(
             check(file)
     student = Student(adapter, form)
     config = adapter.config
-    source = Source(model or config.base_model_name_or_path, revision or config.revision, trust_remote_code)
+    source = Source.of_adapter(config, model, revision, trust_remote_code)
     adapter.check_model(source.fingerprint)
     folder = checkpoint_folder(output, checkpoints)
     given = {
@@ -128,6 +129,7 @@ def train(
         "batch_size": batch_size,
         "accumulate": accumulate,
         "context": choose_context(source.config, context),
+        "held_out": num_held_out(eval_windows),
         "seed": seed,
     }
     _check(given, save_steps)
@@ -135,6 +137,10 @@ def train(
     given["processes"] = arguments.world_size
     last = choose_checkpoint(folder, given, resume)
     windows, held_out = _windows(source, given, eval_windows, config.made)
+    given["windows"] = f"{zlib.crc32(windows.tobytes()):08x}"
+    if last is not None:
+        # The same names may be of other text by now.
+        check_arguments(folder, given)
     network = source.load(dtype, str(arguments.device))
     task = Distillation(network, student, budgets, spread=spread, cross_entropy=cross_entropy)
     if arguments.process_index == 0 and last is None:
