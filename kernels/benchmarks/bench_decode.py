@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     session = Session(Path(__file__), args)
     pairs = attention.pairs_of(args, session, QUICK, QUICK_ON_CPU, (1, 32))
-    attention.run(session, "decode", [Shape(batch, context, args.queries) for batch, context in pairs])
-    return session.finish()
+    shapes = [Shape(batch, context, args.queries) for batch, context in pairs]
+    return session.run(lambda: attention.run(session, "decode", shapes))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     session = Session(Path(__file__), args)
     pairs = attention.pairs_of(args, session, QUICK, QUICK_ON_CPU, (1,))
     shapes = [Shape(batch, context, min(args.chunk, context)) for batch, context in pairs]
-    attention.run(session, "prefill", shapes)
-    return session.finish()
+    return session.run(lambda: attention.run(session, "prefill", shapes))
 
 
 if __name__ == "__main__":

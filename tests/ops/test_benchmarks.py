@@ -144,10 +144,29 @@ def test_a_plot(tiny_run, tmp_path):
 def test_what_does_not_fit_is_skipped_and_named(tiny_run, monkeypatch):
     monkeypatch.setattr("benchmarks.session.free_memory", lambda device: 1)
     status, out, result = tiny_run(bench_decode)
-    assert status == 0 and "GB are free" in out
+    assert status == 1 and "GB are free" in out and "none of the project's own kernels was timed" in out
     assert [row["status"] for row in result["rows"][1:3]] == ["skipped", "skipped"]
     _, _, result = tiny_run(bench_decode, "--limit-s", "0")
     assert "time limit" in result["rows"][1]["note"]
+
+
+def test_a_device_that_fails_leaves_what_was_measured(tiny_run, monkeypatch, tmp_path, capsys):
+    """After an illegal access, every call to the device fails, that for free memory too."""
+    calls = []
+
+    def free_memory(device):
+        calls.append(device)
+        if len(calls) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1 << 40
+
+    monkeypatch.setattr("benchmarks.session.free_memory", free_memory)
+    status, out, result = tiny_run(bench_decode, "--ranks", "0.5")
+    assert [row["status"] for row in result["rows"] if row["kernel"] == "twin decode"] == ["timed", "failed"]
+    assert status == 1 and "illegal memory access" in out
+    monkeypatch.setattr("benchmarks.attention.Layer", lambda *arguments: free_memory(None))
+    status, out, result = tiny_run(bench_decode, "--json", str(tmp_path / "rows.json"))
+    assert status == 1 and result["rows"] == [] and (tmp_path / "rows.json").exists()
 
 
 def test_a_peer_that_fails_is_named_with_its_error(tiny_run, monkeypatch):
