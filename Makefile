@@ -61,7 +61,7 @@ test: $(STAMP)  ## the whole test suite; PYTEST_ARGS='-k layout' for a part of i
 test-fast: $(STAMP)  ## the tests that start no engine
 	$(PYTEST) -m 'not engine' $(PYTEST_ARGS)
 
-compile-check: $(STAMP)  ## compile the Triton kernels for GPUs that need not be there; COMPILE_ARGS='--quick --arch 90'
+compile-check: $(STAMP)  ## compile the Triton kernels for GPUs that need not be there; COMPILE_ARGS='--changed'
 	OMP_NUM_THREADS=1 $(BIN)/python kernels/compile_check.py $(COMPILE_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy, as .pre-commit-config.yaml has them

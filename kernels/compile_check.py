@@ -3,6 +3,7 @@
 
     python kernels/compile_check.py                                  # every case, for every architecture
     python kernels/compile_check.py --quick --arch 90
+    python kernels/compile_check.py --changed                        # what compile_table.csv does not have
     python kernels/compile_check.py --case tiers-j4 --launch decode --arch 80 --asm FOLDER
 
 Kernels are compiled through the launchers themselves, with the arguments that they pass: what is compiled here is what
@@ -20,13 +21,15 @@ is launched there. One line per kernel:
 
 The bar: no spills, no such waits, shared memory that every GPU of the architecture has, tensor cores in decode and
 prefill, and keys and values loaded 16 bytes at a time. `KNOWN` in compile_cases.py lists what is beyond it and why;
-anything else that is, or does not compile, makes the exit status 1. Triton caches what it compiled: for timings, set
-TRITON_ALWAYS_COMPILE=1.
+anything else that is, or does not compile, makes the exit status 1. compile_table.csv has what every kernel came to
+when it was last compiled; a row that --changed takes from it in place of compiling is marked "recorded". Triton caches
+what it compiled: for timings, set TRITON_ALWAYS_COMPILE=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -34,16 +37,18 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 
 # Triton decides when a kernel is decorated whether to compile or to interpret it.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import compile_table
 import triton
 from compile_cases import CASES, KNOWN, LAUNCHES, QUICK, launcher
-from compile_only import ARCHITECTURES, CompileOnly, backend_of, compiled_by
+from compile_only import ARCHITECTURES, Compiled, CompileOnly, backend_of, compiled_by
+from compile_table import Recorded
 from machine_code import Found, read_amd, read_nvidia
 from triton.runtime.driver import driver
 
@@ -63,6 +68,9 @@ class Row(Found):
     warps: int
     shared: int
     seconds: float
+    key: str
+    recorded: bool
+    """Whether the numbers are those of `compile_table.csv`, and nothing was compiled."""
     beyond: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
     """Reasons of what else is beyond the bar."""
@@ -77,7 +85,8 @@ class Row(Found):
             self.warps, self.registers, self.spills, self.moves, self.waits, self.shared, self.mma, self.code,
             self.loop,
         )  # fmt: skip
-        return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, verdict or "ok")
+        origin = ", recorded" if self.recorded else ""
+        return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, (verdict or "ok") + origin)
 
 
 HEAD = (
@@ -87,29 +96,36 @@ HEAD = (
 WIDTHS = (6, 18, 11, 7, 5, 4, 6, 5, 5, 6, 4, 5, 4, 18, 0)
 
 
-def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None) -> list[Row]:
-    """Compiles a case's kernels for an architecture."""
+def check(name: str, arch: str, launches: tuple[str, ...], asm: Path | None, table: dict[str, Recorded]) -> list[Row]:
+    """Compiles a case's kernels for an architecture, but for those that the table has."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    # Compilers' objects have no cycles; looking for some in all of torch takes 5 % of the time.
+    gc.disable()
     driver.set_active(CompileOnly(arch))
     rows = []
     for launch in CASES[name].launches:
         if launch not in launches:
             continue
-        for kernel, compiled, seconds in compiled_by(launcher(CASES[name], launch)):
-            found, code = (read_nvidia if backend_of(arch) == "cuda" else read_amd)(compiled)
-            metadata = compiled.metadata
+        for kernel in compiled_by(launcher(CASES[name], launch), arch, table.__contains__):
+            recorded = table.get(kernel.key) or read(kernel, arch, f"{arch}-{name}-{launch.replace(' ', '-')}", asm)
             rows.append(
                 Row(
-                    **vars(found), case=name, launch=launch, kernel=kernel, arch=arch, warps=metadata.num_warps,
-                    shared=metadata.shared, seconds=round(seconds, 1),
+                    **vars(recorded.found), case=name, launch=launch, kernel=kernel.name, arch=arch,
+                    warps=recorded.warps, shared=recorded.shared, seconds=round(kernel.seconds, 1), key=kernel.key,
+                    recorded=kernel.key in table,
                 )
             )  # fmt: skip
-            if asm is not None:
-                asm.mkdir(parents=True, exist_ok=True)
-                stem = f"{arch}-{name}-{launch.replace(' ', '-')}-{kernel}"
-                (asm / f"{stem}.asm").write_text(code)
-                (asm / f"{stem}.ttgir").write_text(compiled.asm["ttgir"])
     return rows
+
+
+def read(kernel: Compiled, arch: str, stem: str, asm: Path | None) -> Recorded:
+    """What a kernel came to; writes its code to files of the folder `asm`, if there is to be one."""
+    found, code = (read_nvidia if backend_of(arch) == "cuda" else read_amd)(kernel.code)
+    if asm is not None:
+        asm.mkdir(parents=True, exist_ok=True)
+        (asm / f"{stem}-{kernel.name}.asm").write_text(code)
+        (asm / f"{stem}-{kernel.name}.ttgir").write_text(kernel.code.asm["ttgir"])
+    return Recorded(found, kernel.code.metadata.num_warps, kernel.code.metadata.shared)
 
 
 def judge(row: Row, shared_bar: int | None) -> None:
@@ -152,24 +168,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=CASES, help="a layer's shape; all of them by default")
     parser.add_argument("--launch", action="append", choices=LAUNCHES, help="all by default")
     parser.add_argument("--quick", action="store_true", help=f"only the cases {', '.join(QUICK)}")
+    parser.add_argument(
+        "--changed", action="store_true", help=f"compile only what {compile_table.PATH.name} does not have"
+    )
+    parser.add_argument("--record", action="store_true", help=f"write {compile_table.PATH.name}; takes the whole gate")
     parser.add_argument("--processes", type=int, default=2, help="that compile at once (default %(default)s)")
     parser.add_argument("--shared-bar", type=int, metavar="BYTES", help="in place of what the architecture has")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON")
     parser.add_argument("--asm", type=Path, metavar="FOLDER", help="machine code and Triton's intermediate code")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.record and (args.arch or args.case or args.launch or args.quick):
+        parser.error("--record writes the table of all kernels: leave --arch, --case, --launch and --quick out")
+    if args.changed and args.asm:
+        parser.error("--changed compiles nothing that the table has, so there is no code for --asm: leave one out")
+    return args
 
 
 def main() -> int:
     args = arguments()
     start = time.perf_counter()
+    table = compile_table.read(triton.__version__)
     cases = args.case or (QUICK if args.quick else tuple(CASES))
     launches = tuple(args.launch or LAUNCHES)
     rows: list[Row] = []
     failures: list[str] = []
-    print(f"triton {triton.__version__}", line_of(HEAD), sep="\n", flush=True)
+    print(f"triton {triton.__version__}", flush=True)
+    if args.changed and not table:
+        print(f"{compile_table.PATH.name} has nothing of this version: all is compiled", flush=True)
+    print(line_of(HEAD), flush=True)
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         started = [
-            (case, arch, pool.submit(check, case, arch, launches, args.asm))
+            (case, arch, pool.submit(check, case, arch, launches, args.asm, table if args.changed else {}))
             for case in cases
             for arch in args.arch or ARCHITECTURES
             if backend_of(arch) == "cuda" or args.case or not CASES[case].nvidia_only
@@ -188,7 +217,15 @@ def main() -> int:
     if args.json:
         report = {"triton": triton.__version__, "failures": failures, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.record and not failures:
+        compile_table.write(triton.__version__, rows)
+    elif table and (changed := sum(table.get(row.key) != as_recorded(row) for row in rows)):
+        print(f"{changed} kernels are not as {compile_table.PATH.name} has them: write it anew by --record")
     return conclude(rows, failures, time.perf_counter() - start)
+
+
+def as_recorded(row: Row) -> Recorded:
+    return Recorded(Found(**{each.name: getattr(row, each.name) for each in fields(Found)}), row.warps, row.shared)
 
 
 def reason_of(error: BaseException) -> str:
@@ -210,9 +247,10 @@ def conclude(rows: list[Row], failures: list[str], seconds: float) -> int:
     for failure in failures:
         print(f"does not compile: {failure}")
     known = sum(bool(row.known) and not row.beyond for row in rows)
+    recorded = sum(row.recorded for row in rows)
     print(
         f"{len(rows)} kernels in {seconds:.0f} s: {len(rows) - known - len(beyond)} within the bar, {known} known, "
-        f"{len(beyond)} beyond, {len(failures)} cases that do not compile"
+        f"{len(beyond)} beyond, {len(failures)} cases that do not compile; {recorded} as recorded"
     )
     return int(bool(beyond or failures))
 
