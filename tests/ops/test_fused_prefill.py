@@ -98,17 +98,8 @@ def test_some_of_a_steps_requests(make_layer):
     assert torch.equal(part[1:], whole[1:]) and (part[:1] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("window", "soft_cap", "J", "dtype"),
-    [
-        (1, 0.0, 1, torch.float32),
-        (5, 1.0, 2, HALF),
-        (16, 0.0, 2, HALF),
-        (100, 0.5, 1, torch.float32),
-        (1000, 0.0, 1, torch.float32),
-        (0, 1.0, 2, HALF),
-    ],
-)
+@pytest.mark.parametrize(("J", "dtype"), [(1, torch.float32), (2, HALF)])
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, 0.0), (5, 1.0), (16, 0.0), (100, 0.5), (1000, 0.0), (0, 1.0)])
 def test_windows_and_soft_caps(make_layer, window, soft_cap, J, dtype):
     groups = [("16x1 4x2", "8x1 2x2"), ("4x4", "16x2")]
     # Tiles have few queries here, and each takes the interpreter long.
