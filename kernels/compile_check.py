@@ -77,7 +77,6 @@ class Row(Found):
 
     @property
     def cells(self) -> tuple[str, ...]:
-        loads = " ".join(f"{width}x{count}" for width, count in sorted(self.loads.items(), reverse=True))
         verdict = "; ".join(
             f"{word} {', '.join(which)}" for word, which in (("BEYOND", self.beyond), ("known", self.known)) if which
         )
@@ -86,7 +85,15 @@ class Row(Found):
             self.loop,
         )  # fmt: skip
         origin = ", recorded" if self.recorded else ""
-        return (self.arch, self.case, self.launch, self.kernel, *map(str, numbers), loads, (verdict or "ok") + origin)
+        return (
+            self.arch,
+            self.case,
+            self.launch,
+            self.kernel,
+            *map(str, numbers),
+            self.loads_text,
+            (verdict or "ok") + origin,
+        )
 
 
 HEAD = (

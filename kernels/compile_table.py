@@ -80,5 +80,4 @@ def write(triton_version: str, rows: Iterable[Any], path: Path = PATH) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         for row in rows:
-            loads = " ".join(f"{width}x{count}" for width, count in sorted(row.loads.items(), reverse=True))
-            writer.writerow([loads if name == "loads" else getattr(row, name) for name in names])
+            writer.writerow([row.loads_text if name == "loads" else getattr(row, name) for name in names])

@@ -52,6 +52,10 @@ class Found:
     waits: int
     loads: dict[int, int]
 
+    @property
+    def loads_text(self) -> str:
+        return " ".join(f"{width}x{count}" for width, count in sorted(self.loads.items(), reverse=True))
+
 
 @cache
 def page_loaders() -> list[tuple[str, int, int]]:

@@ -98,6 +98,7 @@ class Session:
         """Adds the row, with what `work` measures or with the reason why there is nothing."""
         self.rows.append(row)
         try:
+            self.release()
             free = free_memory(self.device)
             if self.deadline is not None and time.monotonic() > self.deadline:
                 row.status, row.note = "skipped", "the time limit was reached (--limit-s)"
@@ -106,11 +107,9 @@ class Session:
             else:
                 work(row)
                 row.status = "timed"
-            self.release()
         except torch.OutOfMemoryError as error:
             # Of a peer, nobody knows what it needs; of our own kernels, it was said before.
             row.status, row.note = "failed" if row.own else "skipped", f"out of memory: {error}"
-            self.release()
         except ImportError as error:
             row.status, row.note = "failed" if row.own else "absent", f"{type(error).__name__}: {error}"
         # Whatever a peer raises is the peer's row, and of the others' there is no list. After an error of the device,
@@ -162,10 +161,10 @@ class Session:
         print_table(title, self.rows)
         if self.args.plot is not None:
             print(plot(f"{self.script}: {title}", self.rows, self.bandwidth, self.args.plot))
-        failed = [row for row in self.rows if row.own and row.status == "failed"]
+        own = [row for row in self.rows if row.own]
+        failed = [row for row in own if row.status == "failed"]
         for row in failed:
             print(f"FAILED {row.kernel} {row.cache} {row.shape}: {' '.join(row.note.split())}")
-        own = [row for row in self.rows if row.own]
         timed = not own or any(row.status == "timed" for row in own)
         if not timed:
             print("FAILED: none of the project's own kernels was timed; the rows' notes say why")

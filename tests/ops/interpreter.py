@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, made five times as fast: most of its time is not a kernel's arithmetic."""
+"""Triton's interpreter, made four times as fast: most of its time is not a kernel's arithmetic."""
 
 from __future__ import annotations
 

@@ -49,24 +49,23 @@ def hasten_starts() -> None:
     At every start and end, vLLM looks at all objects five times over, since it thaws those that it froze. What is left
     of the engine before is of modules and fixtures, and no collection need look at it again.
     """
-    _rebind_kernels_once()
-    gc.freeze = gc.unfreeze = lambda: None
+    _leave_out_what_was_done()
     gc.collect()
     freeze()
 
 
 @cache
-def _rebind_kernels_once() -> None:
-    """vLLM looks through all modules for kernels that it has replaced before."""
+def _leave_out_what_was_done() -> None:
+    """vLLM's freezing, and its looking through all modules for kernels that it has replaced before."""
     from vllm.triton_utils import dispatcher
 
-    rebind, seen = dispatcher._rebind_kernels, []
+    rebind = dispatcher._rebind_kernels
 
     def rebind_once(overrides: Any) -> None:
-        if not seen:
-            rebind(overrides)
-            seen.append(overrides)
+        dispatcher._rebind_kernels = lambda overrides: None
+        rebind(overrides)
 
+    gc.freeze = gc.unfreeze = lambda: None
     dispatcher._rebind_kernels = rebind_once
 
 

@@ -255,39 +255,33 @@ def keep_weights(model: nn.Module) -> None:
 
     model.load_weights = load_weights  # type: ignore[assignment]
     model.mkv_folded = True  # type: ignore[assignment]
-    worker = getattr(sys.modules.get("vllm.v1.worker.gpu_worker"), "Worker", None)
 
-    def guard(name: str) -> None:
-        original = getattr(worker, name, None)
+    def guard(owner: Any, name: str, model_of: Callable[[Any], Any], more: str = "") -> None:
+        original = getattr(owner, name, None)
         if original is None or hasattr(original, "mkv_original"):
             return
 
         @functools.wraps(original)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(self.model_runner.get_model(), "mkv_folded", False) and _takes_weights(name, *args, **kwargs):
-                raise refuse(name, ". The engine is paused by now; wake_up resumes it" if name == "sleep" else "")
+            if getattr(model_of(self), "mkv_folded", False) and _takes_weights(name, *args, **kwargs):
+                raise refuse(name, more)
             return original(self, *args, **kwargs)
 
         checked.mkv_original = original  # type: ignore[attr-defined]
-        setattr(worker, name, checked)
+        setattr(owner, name, checked)
 
-    for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard", "sleep"):
-        guard(name)
-    core = getattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore", None)
-    if core is None or hasattr(core.sleep, "mkv_original"):
-        return
-    sleep = core.sleep
+    def model_of_worker(worker: Any) -> Any:
+        return worker.model_runner.get_model()
 
-    @functools.wraps(sleep)
-    def sleep_unless_folded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        worker = getattr(getattr(self.model_executor, "driver_worker", None), "worker", None)
-        folded = worker is not None and getattr(worker.model_runner.get_model(), "mkv_folded", False)
-        if folded and _takes_weights("sleep", *args, **kwargs):
-            raise refuse("sleep")
-        return sleep(self, *args, **kwargs)
+    def model_of_engine(core: Any) -> Any:
+        driver = getattr(core.model_executor, "driver_worker", None)
+        return None if driver is None else model_of_worker(driver.worker)
 
-    sleep_unless_folded.mkv_original = sleep  # type: ignore[attr-defined]
-    core.sleep = sleep_unless_folded
+    worker = getattr(sys.modules.get("vllm.v1.worker.gpu_worker"), "Worker", None)
+    for name in ("reload_weights", "save_sharded_state", "save_tensorized_model", "discard"):
+        guard(worker, name, model_of_worker)
+    guard(worker, "sleep", model_of_worker, ". The engine is paused by now; wake_up resumes it")
+    guard(getattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore", None), "sleep", model_of_engine)
 
 
 def _takes_weights(method: str, *args: Any, **kwargs: Any) -> bool:

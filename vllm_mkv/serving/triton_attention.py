@@ -51,8 +51,6 @@ class TritonAttention:
         self.window, self.soft_cap = window, soft_cap
         # Of a window, most of what is expanded would not be seen.
         self.expansion = None if window else Expansion.of(self.table)
-        if self.expansion is None or not workspace.limits.expands_all:
-            check_served(self.table.shapes, workspace.dtype)
         workspace.admit(self.table, num_heads, self.expansion)
 
     def reserve(self) -> None:

@@ -24,10 +24,7 @@ def record(*names: str) -> np.dtype:
 
 
 def sources() -> int:
-    """Of this folder, and of the quantiser, whose steps and scales are compiled in. numba's cache knows the date of a
-    worker's own file alone; what its functions call becomes part of the key where the worker has this number in its
-    closure.
-    """
+    """Of this folder, and of the quantiser, whose steps and scales are compiled in."""
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(codes.__file__)]
     return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
@@ -39,8 +36,9 @@ def compile_entry(worker: Callable[[Any], None], step: np.dtype, *variant: int) 
         variant: what the worker was made for.
     """
     signature = types.void(types.CPointer(from_dtype(step)))
-    # numba has one index for all functions of a name, writes it before what it points to, and locks neither: of two
-    # processes, each compiling another variant, one could be given the other's. So no two variants share a name.
+    # numba's cache knows the date of a worker's own file, not what its functions call. And it has one index for all of
+    # a name, writes it before what it points to, and locks neither: of two processes, each compiling another variant,
+    # one could be given the other's. So no two variants, of no two states of the sources, share a name.
     target = cpu_target.target_context.codegen().magic_tuple()
     worker.__qualname__ += f"_{zlib.crc32(repr((variant, sources(), target)).encode()):08x}"
     try:

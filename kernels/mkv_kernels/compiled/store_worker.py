@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray, from_dtype, njit
 
 from mkv_kernels.codes import LARGEST_SCALE, LEAST_SCALE, NAN_CODE, SCALE_SHIFT, STEPS
-from mkv_kernels.compiled.entry import compile_entry, record, sources
+from mkv_kernels.compiled.entry import compile_entry, record
 from mkv_kernels.compiled.tile import (
     SIDE_FIELDS,
     fetch_add,
@@ -180,12 +180,10 @@ def compile_store(kind: int) -> Any:
 
 
 def _make_worker(kind: int) -> Callable[[Any], None]:
-    kind_, itemsize, own_sources = lengths(kind), ITEMSIZE[kind], sources()
+    kind_, itemsize = lengths(kind), ITEMSIZE[kind]
 
     def worker(steps: Any) -> None:
         step = carray(steps, 1)[0]
-        if own_sources < 0:  # never
-            return
         x_at = step.scratch + fetch_add(step.counter) * step.scratch_stride
         bits_at = x_at + step.scratch_stride - 64
         found_at = x_at + (bits_at - x_at) // 2

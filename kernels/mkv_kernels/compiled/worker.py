@@ -33,7 +33,7 @@ from mkv_kernels.compiled.chunk import (
     weigh_values,
     write_output,
 )
-from mkv_kernels.compiled.entry import compile_entry, record, sources
+from mkv_kernels.compiled.entry import compile_entry, record
 from mkv_kernels.compiled.tile import SIDE_FIELDS, STRIPS, TOKENS, fetch_add, floats, int64s, lengths, pointer_to
 from mkv_kernels.compiled.vector import ITEMSIZE, LANES, PAIRS, code_factor
 
@@ -104,13 +104,10 @@ def _make_worker(kind: int, rows: int) -> Callable[[Any], None]:
     # The first two are known when code is compiled, and part of the key of what numba caches, as the others are.
     kind_, rows_ = lengths(kind), lengths(rows)
     itemsize, pairs = ITEMSIZE[kind], kind == PAIRS
-    own_sources = sources()
     odd_4, odd_2 = 1 / code_factor(kind, 4), 1 / code_factor(kind, 2)
 
     def worker(steps: Any) -> None:
         step = carray(steps, 1)[0]
-        if own_sources < 0:  # never
-            return
         num_tiles = (step.num_rows + rows - 1) // rows
         tiled = num_tiles * rows
         q_at = step.scratch + fetch_add(step.counters) * step.scratch_stride

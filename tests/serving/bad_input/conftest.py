@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vllm_mkv.adapter import CONFIG_FILE, WEIGHTS_FILE, NoAdapterError
+from vllm_mkv.adapter import CONFIG_FILE, WEIGHTS_FILE
 
 SECONDS = 10
 """Of this process alone, the first import of what reads configurations included."""
@@ -55,15 +55,16 @@ def start(inspected_here, model) -> Callable[..., Any]:
 
 @pytest.fixture
 def refused(start) -> Callable[..., None]:
-    """`refused(cause, mend, **arguments of start)`: starting raises one ValueError of one line that says both."""
+    """`refused(cause, mend, **arguments of start)`: starting raises one ValueError of one line that says both; where
+    that is of a kind, `error` names it."""
 
-    def check(cause: str, mend: str, **arguments: Any) -> None:
+    def check(cause: str, mend: str, error: type[ValueError] = ValueError, **arguments: Any) -> None:
         begun = time.process_time()
         with pytest.raises(ValueError) as caught:
             start(**arguments)
         assert time.process_time() - begun < SECONDS
         message = str(caught.value)
-        assert type(caught.value) in (ValueError, NoAdapterError), message
+        assert type(caught.value) is error, message
         assert cause in message and mend in message, message
         assert "\n" not in message
 

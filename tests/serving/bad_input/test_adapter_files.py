@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_mkv.adapter import CONFIG_FILE, WEIGHTS_FILE
+from vllm_mkv.adapter import CONFIG_FILE, WEIGHTS_FILE, NoAdapterError
 
 AGAIN = "make the adapter again"
 
@@ -34,8 +34,8 @@ def test_sound_input_is_accepted(start, adapter):
 
 
 def test_no_adapter_named_and_none_beside_the_model(refused, model):
-    refused("no adapter was named", f"vllm-mkv calibrate {model} --text FILE --output ADAPTER")
-    refused(f"{model} has no folder mkv", "--additional-config", mkv={"budget": 0.5})
+    refused("no adapter was named", f"vllm-mkv calibrate {model} --text FILE --output ADAPTER", NoAdapterError)
+    refused(f"{model} has no folder mkv", "--additional-config", NoAdapterError, mkv={"budget": 0.5})
 
 
 def test_an_adapter_beside_the_model_is_found(start, model, adapter, tmp_path):
